@@ -1,0 +1,245 @@
+"""One audit, from plan to verdict: collect until the question is answered, then judge what was collected."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from weighbridge.capability import (
+    capability_requests,
+    next_capability_request,
+    read_capability,
+    sampling_of,
+)
+from weighbridge.collect import Budget, Collector, WaitTooLongError
+from weighbridge.dialects import DIALECTS
+from weighbridge.errors import BundleError, RunFolderError
+from weighbridge.judge.library import Library, build_library
+from weighbridge.judge.verdict import is_decided, judge, open_case
+from weighbridge.judge.weights import MIN_TOP_LOGPROBS
+from weighbridge.keys import Key
+from weighbridge.observe import observe
+from weighbridge.plan import worst_case_prompt_tokens
+from weighbridge.records import Capability, Endpoint, Exchange, Findings, Observation, Plan, PlannedRequest, Verdict
+from weighbridge.reference.bundle import Bundle, load_bundle
+from weighbridge.store import ExchangeLog, RunFolder, Stopped
+from weighbridge.transport import Transport
+
+COUNTED_WITHOUT_LOGPROBS = 10  # probes that are sent for their token counts alone
+MOST_FAILURES_IN_A_ROW = 3
+_REFUSALS = frozenset({"http_401", "http_402", "http_403", "http_404", "redirect", "unknown_host", "tls"})
+FINAL_REASONS = frozenset({"decided", "probes_used_up", "level_not_supported", "refused"})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an onlooker may want to know after each request."""
+
+    stage: str
+    requests: int
+    planned: int
+    log10_e_value: float | None
+    noise_nats: float | None
+
+
+class Auditor:
+    """Collects one run. Holds what has come back so far; the run folder holds the same on disk."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        plan: Plan,
+        endpoint: Endpoint,
+        bundle: Bundle | None,
+        key: Key | None,
+        onlooker: Callable[[Progress], None],
+    ) -> None:
+        self._plan = plan
+        self._endpoint = endpoint
+        self._bundle = bundle
+        self._key = key
+        self._onlooker = onlooker
+        self._folder = folder
+        self._dialect = DIALECTS[endpoint.dialect]
+        self._library: Library | None = None
+        exchanges, self._stopped = folder.exchanges()
+        self._attempts: dict[str, list[Exchange]] = {}
+        for exchange in exchanges:
+            self._attempts.setdefault(exchange.sent.request_id, []).append(exchange)
+        self._seen: dict[str, Observation] = {}
+        self._budget = Budget(endpoint.limits, endpoint.price)
+        for request in [*plan.capability_requests, *plan.probe_requests]:
+            for _ in self._attempts.get(request.request_id, []):
+                self._budget.spend(worst_case_prompt_tokens(request.probe))
+            self._note(request)
+
+    async def run(self) -> str:
+        """Collect until decided; returns why it stopped."""
+        if self._stopped is not None and self._stopped.because in FINAL_REASONS:
+            return self._stopped.because
+        with self._folder.log() as log:
+            async with Transport(self._endpoint, self._key) as transport:
+                collector = Collector(transport, log, self._budget, self._key)
+                try:
+                    because = await self._capability(collector) or await self._probes(collector)
+                except WaitTooLongError:
+                    because = "rate_limited"
+            log.append(Stopped(because=because))
+        return because
+
+    async def _capability(self, collector: Collector) -> str | None:
+        requests = {request.request_id: request for request in self._plan.capability_requests}
+        while (request_id := next_capability_request(self._seen)) is not None:
+            request = requests[request_id]
+            refusal = await self._send(collector, request, read_capability(self._seen))
+            if refusal is not None:
+                return refusal
+        capability = read_capability(self._seen)
+        if not capability.reachable:
+            return "refused" if (capability.refused or "").split(":")[0] in _REFUSALS else "unreachable"
+        return None
+
+    async def _probes(self, collector: Collector) -> str:
+        capability = read_capability(self._seen)
+        enough_logprobs = capability.top_logprobs >= MIN_TOP_LOGPROBS
+        if self._bundle is not None and enough_logprobs and self._library is None:
+            self._library = build_library(self._bundle, self._plan.policy, capability.top_logprobs)
+        requests = (
+            self._plan.probe_requests if enough_logprobs else self._plan.probe_requests[:COUNTED_WITHOUT_LOGPROBS]
+        )
+        waiting = [r for r in requests if r.request_id not in self._seen]
+        running: set[asyncio.Task[str | None]] = set()
+        because: str | None = "decided" if self._decided(capability) else None
+        failures = 0
+        try:
+            while True:
+                while waiting and because is None and len(running) < self._endpoint.limits.concurrency:
+                    running.add(asyncio.create_task(self._send(collector, waiting.pop(0), capability)))
+                if not running:
+                    return because or ("probes_used_up" if enough_logprobs else "level_not_supported")
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    because = task.result() or because
+                last = next(reversed(self._seen.values())) if self._seen else None
+                failures = failures + 1 if last is not None and not last.answered else 0
+                if last is not None and last.fault in _REFUSALS:
+                    because = because or "refused"
+                elif failures >= MOST_FAILURES_IN_A_ROW:
+                    because = because or "unreachable"
+                elif because is None and self._decided(capability):
+                    because = "decided"
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _send(self, collector: Collector, request: PlannedRequest, capability: Capability) -> str | None:
+        temperature, top_logprobs = sampling_of(request.request_id, capability)
+        seed = int(self._plan.draw.commitment[:7], 16)
+        body: dict[str, Any] = self._dialect.body(
+            self._endpoint, request.probe.messages, temperature=temperature, top_logprobs=top_logprobs, seed=seed
+        )
+        earlier = self._attempts.get(request.request_id, [])
+        attempts, refusal = await collector.send(
+            request.request_id, self._dialect.path, body, worst_case_prompt_tokens(request.probe), earlier
+        )
+        self._attempts[request.request_id] = attempts
+        self._note(request)
+        return refusal
+
+    def _note(self, request: PlannedRequest) -> None:
+        attempts = self._attempts.get(request.request_id)
+        # An attempt that a crash cut off says nothing about the endpoint: the request is asked again.
+        if attempts and attempts[-1].received.failure != "interrupted":
+            self._seen[request.request_id] = self._dialect.observe(request.probe.id, attempts)
+
+    def _decided(self, capability: Capability) -> bool:
+        answers = [self._seen[r.request_id] for r in self._plan.probe_requests if r.request_id in self._seen]
+        case = open_case(self._plan, capability, answers, self._library)
+        evidence = case.evidence
+        self._onlooker(
+            Progress(
+                stage="probes" if answers else "capability",
+                requests=self._budget.requests,
+                planned=self._plan.estimate.requests,
+                log10_e_value=float(evidence.log_total[-1]) / 2.302585 if evidence is not None else None,
+                noise_nats=None if evidence is None else float(2.718281828 ** evidence.log_scales.mean()),
+            )
+        )
+        return is_decided(case)
+
+
+def judge_run(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings, Verdict]:
+    """Observe and judge what a run folder holds, and write observations, findings and verdict.
+
+    Reads only the folder and the bundle; the same files give the same bytes.
+    """
+    plan = folder.plan()
+    exchanges, stopped = folder.exchanges()
+    observations = observe(plan, exchanges)
+    folder.write_observations(observations.values())
+    capability_names = {request.request_id for request in capability_requests()}
+    capability = read_capability({name: o for name, o in observations.items() if name in capability_names})
+    answers = [o for name, o in observations.items() if name not in capability_names and o.fault != "interrupted"]
+    library = (
+        build_library(bundle, plan.policy, max(capability.top_logprobs, MIN_TOP_LOGPROBS))
+        if bundle is not None
+        else None
+    )
+    case = open_case(plan, capability, answers, library)
+    findings, verdict = judge(
+        case,
+        requests_sent=len(exchanges),
+        stopped_because=stopped.because if stopped is not None else "interrupted",
+        all_observations=list(observations.values()),
+    )
+    folder.write_judgement(findings, verdict)
+    return plan, findings, verdict
+
+
+def bundle_of(plan: Plan, given: str | None = None) -> Bundle | None:
+    """Load the bundle that a plan names and check that it is the one.
+
+    Raises
+    ------
+    BundleError
+        If it is not at hand or has another digest.
+    """
+    if plan.reference is None:
+        return None
+    bundle = load_bundle(given or plan.reference_path or plan.reference.id)
+    if bundle.identity != plan.reference:
+        raise BundleError(
+            f"the bundle {bundle.manifest.id} at hand is not the one that this run was planned with ({plan.reference.digest[:12]}…)",
+            "Name the right one with --reference",
+        )
+    return bundle
+
+
+def collect_run(
+    folder: RunFolder,
+    plan: Plan,
+    endpoint: Endpoint,
+    bundle: Bundle | None,
+    key: Key | None,
+    onlooker: Callable[[Progress], None],
+) -> str:
+    """Collect a run, or the rest of one; returns why it stopped."""
+    return asyncio.run(Auditor(folder, plan, endpoint, bundle, key, onlooker).run())
+
+
+def exit_code(verdict: Verdict, fail_on: str) -> int:
+    """The process's exit code for a verdict: see the README's table."""
+    if verdict.verdict == "consistent":
+        return 0
+    if verdict.verdict in ("differs", "differs_replicated"):
+        return 0 if fail_on == "never" else 1
+    if verdict.endpoint_refused or verdict.stopped_because in ("refused", "unreachable", "rate_limited"):
+        return 4
+    if verdict.stopped_because in ("budget_requests", "budget_cost"):
+        return 5
+    return {"never": 0, "inconclusive": 1}.get(fail_on, 3)
+
+
+__all__ = [
+    "Auditor", "ExchangeLog", "Progress", "RunFolderError", "bundle_of", "collect_run", "exit_code", "judge_run",
+]  # fmt: skip

@@ -1,0 +1,51 @@
+"""The command line: one file a command. stdout is data, stderr is talk."""
+
+import sys
+
+import click
+
+from weighbridge import __version__
+from weighbridge.cli.audit import audit_command
+from weighbridge.cli.demo import demo_command
+from weighbridge.cli.doctor import doctor_command
+from weighbridge.cli.lab import lab_group
+from weighbridge.cli.plan import plan_command
+from weighbridge.cli.reference import reference_group
+from weighbridge.cli.replay import replay_command
+from weighbridge.cli.resume import resume_command
+from weighbridge.errors import WeighbridgeError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="weighbridge")
+def cli() -> None:
+    """Weigh hosted language-model endpoints against recorded runs of the original weights.
+
+    Exit codes: 0 consistent, 1 differs, 2 usage or configuration, 3 inconclusive, 4 endpoint unreachable or
+    refused, 5 budget exhausted before an answer, 130 interrupted.
+    """
+
+
+for _command in (
+    demo_command, audit_command, plan_command, doctor_command, resume_command, replay_command, reference_group, lab_group,
+):  # fmt: skip
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Run the command line; every error of ours is one line and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.Abort:
+        code = 130
+        click.echo("interrupted", err=True)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except WeighbridgeError as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+        click.echo("interrupted", err=True)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,149 @@
+"""What several commands share: the options that name an endpoint, progress, and how a judged run is shown."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from weighbridge.audit import Progress as AuditProgress
+from weighbridge.audit import judge_run
+from weighbridge.errors import ConfigurationError
+from weighbridge.records import Endpoint, Findings, Plan, Verdict, checked, read_toml
+from weighbridge.reference.bundle import Bundle, load_bundle
+from weighbridge.report.document import make_report, report_json, write_report_json
+from weighbridge.report.html import write_html
+from weighbridge.report.junit import write_junit
+from weighbridge.report.terminal import print_summary
+from weighbridge.store import RunFolder
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+talk = Console(stderr=True)
+
+_ENDPOINT_OPTIONS = (
+    click.argument("endpoint_file", required=False, metavar="[ENDPOINT.toml]", type=click.Path(path_type=Path)),
+    click.option("--base-url", help="The endpoint's base URL, such as https://api.example.com/v1."),
+    click.option("--model", help="The model's name as the endpoint spells it."),
+    click.option("--reference", help="A reference bundle: its folder, or the name of an embedded one."),
+    click.option("--policy", help="strict, kv8, int8-ok, fp8-ok, or a policy's .toml file. Default: strict."),
+    click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the key."),
+    click.option("--max-requests", type=int, help="Send at most so many requests, retries included. Default: 100."),
+    click.option("--max-cost", type=float, metavar="USD", help="Spend at most so much; needs a [price] in the file."),
+    click.option("--seed", help="The seed of the draw. Default: a fresh one."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
+fail_on_option = click.option(
+    "--fail-on", type=click.Choice(["differs", "inconclusive", "never"]), default="differs", show_default=True,
+    help="inconclusive: exit 1 instead of 3; never: exit 0 instead of 1 and 3.",
+)  # fmt: skip
+
+
+def endpoint_options(command: Command) -> Command:
+    """Add the arguments that name an endpoint and a reference."""
+    for option in reversed(_ENDPOINT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def endpoint_from(
+    endpoint_file: Path | None,
+    base_url: str | None,
+    model: str | None,
+    reference: str | None,
+    policy: str | None,
+    api_key_env: str | None,
+    max_requests: int | None,
+    max_cost: float | None,
+) -> Endpoint:
+    """Read the endpoint from its file or from the options; options win.
+
+    Raises
+    ------
+    ConfigurationError
+        If neither names an endpoint, or a value is wrong.
+    """
+    if endpoint_file is not None:
+        if base_url is not None or model is not None:
+            raise ConfigurationError("an endpoint file and --base-url or --model were given", "Give one or the other")
+        given = read_toml(Endpoint, endpoint_file).model_dump(by_alias=True, exclude_none=True)
+        where = str(endpoint_file)
+    elif base_url is not None and model is not None:
+        given = {"name": model, "base_url": base_url, "model": model}
+        where = "the command line"
+    else:
+        raise ConfigurationError("no endpoint was named", "Give an ENDPOINT.toml, or --base-url and --model")
+    options = {"reference": reference, "policy": policy, "api_key_env": api_key_env}
+    given |= {name: value for name, value in options.items() if value is not None}
+    limits = given.setdefault("limits", {})
+    if max_requests is not None:
+        limits["max_requests"] = max_requests
+    if max_cost is not None:
+        limits["max_cost_usd"] = max_cost
+    return checked(Endpoint, given, where)
+
+
+def reference_of(endpoint: Endpoint) -> Bundle | None:
+    """Load the endpoint's reference bundle; None where none is named."""
+    return load_bundle(endpoint.reference) if endpoint.reference is not None else None
+
+
+def new_run_folder(endpoint: Endpoint) -> Path:
+    """A folder of its own for each run, under reports/."""
+    name = re.sub(r"[^a-z0-9]+", "-", endpoint.name.lower()).strip("-")[:50] or "endpoint"
+    return Path("reports") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[AuditProgress], None]]:
+    """Show progress on stderr: a moving line in a terminal, nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=talk, transient=True) as bar:
+        task = bar.add_task(label, total=None, state="")
+
+        def show(progress: AuditProgress) -> None:
+            state = f"{progress.requests} of at most {progress.planned} requests"
+            if progress.log10_e_value is not None and progress.noise_nats is not None:
+                state += f", noise {progress.noise_nats:.3f} nats, evidence 10^{progress.log10_e_value:.1f}"
+            bar.update(task, completed=progress.requests, total=progress.planned, state=state)
+
+        yield show
+
+
+def judge_and_report(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings, Verdict]:
+    """Judge a run folder and write all its reports."""
+    plan, findings, verdict = judge_run(folder, bundle)
+    report = make_report(folder.path, plan, findings, verdict)
+    write_report_json(folder.path, report)
+    write_junit(folder.path, report)
+    write_html(folder.path, report)
+    return plan, findings, verdict
+
+
+def show_run(folder: RunFolder, plan: Plan, findings: Findings, verdict: Verdict, as_json: bool) -> None:
+    """Print a judged run: one JSON document, or a summary for people."""
+    report = make_report(folder.path, plan, findings, verdict)
+    if as_json:
+        print_json({**report_json(report), "folder": str(folder.path)})
+    else:
+        print_summary(Console(), report, str(folder.path))
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document to stdout."""
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True))

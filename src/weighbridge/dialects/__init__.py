@@ -1,0 +1,29 @@
+"""How each kind of API is asked and read: a request in, an observation out.
+
+A dialect is one of the three extension points. It is pure: it builds the body of a request and reads the bytes
+of an answer, and every quirk that it meets becomes a named entry of ``Observation.quirks``.
+"""
+
+from typing import Any, Protocol
+
+from weighbridge.dialects.openai_chat import OpenAIChat
+from weighbridge.records import Endpoint, Exchange, Message, Observation
+
+
+class Dialect(Protocol):
+    """One kind of API."""
+
+    path: str
+
+    def body(
+        self, endpoint: Endpoint, messages: list[Message], *, temperature: float, top_logprobs: int, seed: int
+    ) -> dict[str, Any]:
+        """The JSON body that asks for one token, with every sampling parameter stated."""
+        ...
+
+    def observe(self, probe_id: str, attempts: list[Exchange]) -> Observation:
+        """Read the flat facts from the attempts of one request; the last one decides."""
+        ...
+
+
+DIALECTS: dict[str, Dialect] = {"openai-chat": OpenAIChat()}

@@ -1,0 +1,192 @@
+"""OpenAI-style chat completions."""
+
+import base64
+import json
+import math
+from typing import Any
+
+from weighbridge.records import Endpoint, Exchange, Message, Observation, TopToken
+
+SENTINEL_NATS = -9998.0  # servers write -9999 for "outside the list"; no logprob of a listed token is that small
+_MAX_TEXT = 200
+_MAX_TOP = 10_000
+
+
+class OpenAIChat:
+    """POST /chat/completions."""
+
+    path = "/chat/completions"
+
+    def body(
+        self, endpoint: Endpoint, messages: list[Message], *, temperature: float, top_logprobs: int, seed: int
+    ) -> dict[str, Any]:
+        """The body of a one-token request. What is not stated here, a server fills in as it likes."""
+        body: dict[str, Any] = {
+            "model": endpoint.model,
+            "messages": [message.model_dump() for message in messages],
+            "max_tokens": 1,
+            "n": 1,
+            "temperature": temperature,
+            "top_p": 1,
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
+            "seed": seed,
+            "stream": False,
+        }
+        if top_logprobs > 0:
+            body |= {"logprobs": True, "top_logprobs": top_logprobs}
+        return body | endpoint.extra_body
+
+    def observe(self, probe_id: str, attempts: list[Exchange]) -> Observation:
+        """Read the last attempt. Whatever the endpoint sent, this returns an observation and never raises."""
+        last = attempts[-1].received
+        facts: dict[str, Any] = {
+            "request_id": last.request_id,
+            "probe_id": probe_id,
+            "attempts": len(attempts),
+            "latency_s": last.latency_s,
+            "status": last.status,
+        }
+        if last.failure is not None:
+            return Observation(**facts, answered=False, fault=last.failure, fault_detail=last.failure_detail)
+        raw = (
+            last.body_text
+            if last.body_text is not None
+            else base64.b64decode(last.body_base64 or "").decode("utf-8", "replace")
+        )
+        if last.status is not None and 300 <= last.status < 400:
+            where = last.headers.get("location", "nowhere")[:_MAX_TEXT]
+            return Observation(
+                **facts,
+                answered=False,
+                fault="redirect",
+                fault_detail=f"redirects to {where}; redirects are never followed",
+            )
+        document, fault = _parse(raw)
+        if last.status != 200:
+            detail = _error_message(document) or raw.strip()[:_MAX_TEXT] or "no explanation"
+            return Observation(**facts, answered=False, fault=f"http_{last.status}", fault_detail=detail)
+        if fault is not None:
+            return Observation(
+                **facts, answered=False, fault=fault, fault_detail=f"the answer begins {raw.strip()[:60]!r}"
+            )
+        if not isinstance(document, dict):
+            return Observation(
+                **facts, answered=False, fault="not_an_object", fault_detail="the answer is not a JSON object"
+            )
+        if document.get("error"):
+            return Observation(
+                **facts,
+                answered=False,
+                fault="error_object",
+                fault_detail=_error_message(document) or "an error object",
+            )
+        return _answer(facts, document)
+
+
+def _parse(raw: str) -> tuple[Any, str | None]:
+    try:
+        return json.loads(raw), None
+    except (ValueError, RecursionError):
+        text = raw.lstrip()
+        if text.startswith("<"):
+            return None, "html"
+        return None, "truncated_json" if text.startswith(("{", "[")) else "not_json"
+
+
+def _error_message(document: Any) -> str | None:
+    error = document.get("error") if isinstance(document, dict) else None
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("code")
+    return str(error)[:_MAX_TEXT] if error else None
+
+
+def _text(value: Any) -> str | None:
+    return value[:_MAX_TEXT] if isinstance(value, str) else None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9 else None
+
+
+def _answer(facts: dict[str, Any], document: dict[str, Any]) -> Observation:
+    usage = document.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    facts |= {
+        "model_named": _text(document.get("model")),
+        "provider_named": _text(document.get("provider")),
+        "fingerprint": _text(document.get("system_fingerprint")),
+        "prompt_tokens": _count(usage.get("prompt_tokens")),
+        "completion_tokens": _count(usage.get("completion_tokens")),
+        "cached_tokens": _count(details.get("cached_tokens")) if isinstance(details, dict) else None,
+    }
+    choices = document.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return Observation(**facts, answered=False, fault="no_choices", fault_detail="the answer has no choices")
+    choice = choices[0]
+    facts["finish_reason"] = _text(choice.get("finish_reason"))
+    logprobs = choice.get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(content, list) or not content or not isinstance(content[0], dict):
+        message = choice.get("message")
+        empty = not (isinstance(message, dict) and message.get("content"))
+        # Where the only token is the end of the turn, llama.cpp leaves the logprobs out.
+        fault = "end_of_turn" if empty and facts["finish_reason"] is not None else "no_logprobs"
+        return Observation(**facts, answered=True, fault=fault, fault_detail="the answer carries no logprobs")
+    top, quirks, fault_detail = _top_tokens(content[0].get("top_logprobs"))
+    if fault_detail is not None:
+        return Observation(**facts, answered=True, fault="bad_logprobs", fault_detail=fault_detail, quirks=quirks)
+    if not top:
+        return Observation(
+            **facts, answered=True, fault="no_logprobs", fault_detail="the list of logprobs is empty", quirks=quirks
+        )
+    return Observation(**facts, answered=True, top=top, quirks=quirks)
+
+
+def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:
+    """The usable entries, largest first; the quirks met; and why the list cannot be used, if it cannot."""
+    if not isinstance(entries, list):
+        return [], [], None
+    quirks: set[str] = set()
+    found: dict[str, float] = {}
+    for entry in entries[:_MAX_TOP]:
+        if not isinstance(entry, dict):
+            return [], sorted(quirks), "an entry of top_logprobs is not an object"
+        logprob = entry.get("logprob")
+        if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not math.isfinite(logprob):
+            return [], sorted(quirks), "a logprob is not a finite number"
+        if logprob > 1e-4:
+            return [], sorted(quirks), "a logprob is positive"
+        if logprob <= SENTINEL_NATS:
+            quirks.add("sentinel")
+            continue
+        token = _token_bytes(entry, quirks)
+        if token is None:
+            quirks.add("token_without_bytes")
+            continue
+        if token in found:
+            quirks.add("duplicate_token")
+            continue
+        found[token] = float(logprob)
+    if sum(math.exp(value) for value in found.values()) > 1.001:
+        return [], sorted(quirks), "the listed probabilities sum to more than 1"
+    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    return [TopToken(bytes_hex=token, logprob_nats=value) for token, value in ordered], sorted(quirks), None
+
+
+def _token_bytes(entry: dict[str, Any], quirks: set[str]) -> str | None:
+    """The token's bytes as hexadecimal digits: from ``bytes``, else from ``token`` where that is unambiguous."""
+    listed = entry.get("bytes")
+    if isinstance(listed, list) and listed and len(listed) <= _MAX_TEXT:
+        if all(isinstance(b, int) and not isinstance(b, bool) and 0 <= b <= 255 for b in listed):
+            return bytes(listed).hex()
+        return None
+    text = entry.get("token")
+    if not isinstance(text, str) or not text or "�" in text or len(text) > _MAX_TEXT:
+        return None
+    quirks.add("bytes_absent")
+    try:
+        return text.encode("utf-8").hex()
+    except UnicodeEncodeError:
+        return None

@@ -1,0 +1,1 @@
+"""Judging: observations and a reference in, findings and a verdict out. Pure: nothing here can reach the network."""

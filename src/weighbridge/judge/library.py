@@ -1,0 +1,169 @@
+"""The honest library: what a bundle's stacks look like to an endpoint that returns k logprobs, under a policy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weighbridge.records import Observation, Policy
+from weighbridge.reference.bundle import Bundle, StackRecord
+from weighbridge.stats.residuals import centred_difference, direction_cosine, log_scale, reference_at
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Library:
+    """Residuals of every recorded stack over its own top-k, for the usable probes of a bundle.
+
+    Attributes
+    ----------
+    probe_ids : list of str
+        The usable probes; columns of the arrays below.
+    honest, variants : list of StackRecord
+        The stacks that the policy accepts (without the reference itself), and all others.
+    honest_log_scales, variant_log_scales : float array, shape (stacks, probes)
+        x = log s of each stack against the reference.
+    null_log_scales : float array, shape (honest stacks, probes)
+        The honest ones moved up to the policy's floor, or by its margin, whichever is larger.
+    null_mean, null_sd : float
+        Largest mean and largest standard deviation of `null_log_scales`.
+    null_cosines : dict
+        For each variant the largest mean cosine that counts as honest.
+    """
+
+    bundle: Bundle
+    top_k: int
+    probe_ids: list[str]
+    probe_rows: NDArray[np.int64]
+    honest: list[StackRecord]
+    variants: list[StackRecord]
+    honest_log_scales: Floats
+    variant_log_scales: Floats
+    null_log_scales: Floats
+    null_mean: float
+    null_sd: float
+    null_cosines: dict[str, float]
+
+
+def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
+    """Compute the library once per audit."""
+    probe_ids = bundle.usable_probe_ids
+    rows = np.array([bundle.probe_index[p] for p in probe_ids], np.int64)
+    reference = bundle.stack_index[bundle.manifest.reference_stack]
+    others = [s for s in bundle.manifest.stacks if s.id != bundle.manifest.reference_stack]
+    honest = [s for s in others if s.departure is None or s.departure_class in policy.accepts]
+    variants = [s for s in others if s not in honest]
+    reference_rows = bundle.logprobs_nats[reference].astype(np.float64)[rows]
+
+    def own_top(stack: StackRecord) -> tuple[NDArray[np.int64], Floats]:
+        values = bundle.logprobs_nats[bundle.stack_index[stack.id]].astype(np.float64)[rows]
+        columns = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=1, kind="stable")[:, :top_k]
+        return columns, np.take_along_axis(values, columns, axis=1)
+
+    def log_scales(stacks: list[StackRecord]) -> Floats:
+        out = np.empty((len(stacks), len(rows)))
+        for i, stack in enumerate(stacks):
+            columns, values = own_top(stack)
+            for j in range(len(rows)):
+                out[i, j] = log_scale(centred_difference(values[j], reference_rows[j, columns[j]]))
+        return out
+
+    honest_scales, variant_scales = log_scales(honest), log_scales(variants)
+    means = np.nanmean(honest_scales, axis=1, keepdims=True)
+    targets = np.maximum(means + np.log(policy.stack_margin), np.log(policy.null_scale_floor_nats))
+    null = honest_scales - means + targets
+
+    cosines: dict[str, float] = {}
+    for variant in variants:
+        recorded = bundle.logprobs_nats[bundle.stack_index[variant.id]].astype(np.float64)[rows] - reference_rows
+        worst = 0.0
+        for stack in honest:
+            columns, values = own_top(stack)
+            found = [
+                direction_cosine(
+                    centred_difference(values[j], reference_rows[j, columns[j]]),
+                    recorded[j, columns[j]],
+                    reference_rows[j, columns[j]],
+                )
+                for j in range(len(rows))
+            ]
+            worst = max(worst, float(np.nanmean(found)))
+        cosines[variant.id] = max(policy.direction_floor_cosine, worst + policy.direction_margin_cosine)
+    return Library(
+        bundle=bundle,
+        top_k=top_k,
+        probe_ids=probe_ids,
+        probe_rows=rows,
+        honest=honest,
+        variants=variants,
+        honest_log_scales=honest_scales,
+        variant_log_scales=variant_scales,
+        null_log_scales=null,
+        null_mean=float(targets.max()),
+        null_sd=float(np.nanstd(null, axis=1).max()),
+        null_cosines=cosines,
+    )
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """An endpoint's residuals, one row for each probe that has logprobs, in the order of the draw.
+
+    Attributes
+    ----------
+    probe_columns : int array, shape (n,)
+        Column of each probe in the library's arrays.
+    endpoint_nats, reference_nats : float array, shape (n, k)
+        NaN where a list is shorter than k or a token is to be left out.
+    variant_nats : float array, shape (variants, n, k)
+        Each variant's difference from the reference at the endpoint's tokens.
+    listed_share : float array, shape (n,)
+        Share of the endpoint's tokens that stand in the reference's list.
+    agrees : bool array, shape (n,)
+        Whether the most likely token is the same.
+    """
+
+    probe_columns: NDArray[np.int64]
+    endpoint_nats: Floats
+    reference_nats: Floats
+    variant_nats: Floats
+    listed_share: Floats
+    agrees: NDArray[np.bool_]
+
+
+def residuals(library: Library, observations: list[Observation]) -> Residuals:
+    """Line an endpoint's top-k lists up with the reference's."""
+    bundle, k = library.bundle, library.top_k
+    column_of = {probe_id: i for i, probe_id in enumerate(library.probe_ids)}
+    usable = [o for o in observations if o.top is not None and o.probe_id in column_of]
+    n = len(usable)
+    reference = bundle.logprobs_nats[bundle.stack_index[bundle.manifest.reference_stack]].astype(np.float64)
+    recorded = [bundle.logprobs_nats[bundle.stack_index[v.id]].astype(np.float64) for v in library.variants]
+    endpoint_nats = np.full((n, k), np.nan)
+    reference_nats = np.full((n, k), np.nan)
+    variant_nats = np.full((len(recorded), n, k), np.nan)
+    listed = np.zeros(n)
+    agrees = np.zeros(n, np.bool_)
+    for i, observation in enumerate(usable):
+        assert observation.top is not None
+        row = bundle.probe_index[observation.probe_id]
+        top = observation.top[:k]
+        columns_of_token = bundle.columns_of_probe(row)
+        columns = np.array([columns_of_token.get(t.bytes_hex, -1) for t in top], np.int64)
+        values = np.array([t.logprob_nats for t in top], np.float64)
+        endpoint_nats[i, : len(top)] = values
+        reference_nats[i, : len(top)] = reference_at(columns, values, reference[row])
+        known = columns >= 0
+        for v, array in enumerate(recorded):
+            variant_nats[v, i, : len(top)][known] = (array[row] - reference[row])[columns[known]]
+        listed[i] = known.mean()
+        agrees[i] = columns[0] == int(np.nanargmax(reference[row]))
+    return Residuals(
+        np.array([column_of[o.probe_id] for o in usable], np.int64),
+        endpoint_nats,
+        reference_nats,
+        variant_nats,
+        listed,
+        agrees,
+    )

@@ -1,0 +1,138 @@
+"""How large an endpoint's residuals are, which way they point, and what that is evidence for (level L3).
+
+Everything here is a number or an array; `weighbridge.judge.weights` puts it into words.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weighbridge.judge.library import Library, Residuals
+from weighbridge.records import Policy
+from weighbridge.stats.evidence import bounded_mean_process, bounded_score_process, mixture, tilted_score
+from weighbridge.stats.residuals import centred_difference, direction_cosine, log_scale
+
+Floats = NDArray[np.float64]
+
+# Multiples of the null's scale at which bets on size are placed, and shares of the wealth that are staked. The
+# smaller stake survives answers that look honest, as a mixture of two models gives them.
+SIZE_MULTIPLES = (1.35, 1.8, 3.0, 8.0)
+STAKES = (1.0, 0.25)
+# Bets on direction are placed for variants that size finds slowly, those below this multiple of the null's scale.
+DIRECTION_UP_TO_MULTIPLE = 4.0
+DIRECTION_STAKE = 0.96
+# An honest endpoint is expected at these multiples of the null's scale when a departure is to be excluded.
+HONEST_MULTIPLES = (0.8, 0.3)
+
+
+@dataclass(frozen=True)
+class WeightEvidence:
+    """The evidence on the weights after each answer; n answers, V variants.
+
+    Attributes
+    ----------
+    log_scales : float array, shape (n,)
+        x = log s of each answer.
+    log_size, log_direction, log_total : float array, shape (n,)
+        Log e-processes against the honest library: by size, by direction, and their mean.
+    log_exclusion : float array, shape (V, n)
+        Log e-process against "what is served is at least as far from the reference as this variant".
+    cosines : float array, shape (V, n)
+        Cosine of each answer's residual with each variant's.
+    log_remainder : float array, shape (V, n)
+        Log e-process by size of what is left once the variant's residual is subtracted.
+    excludable : bool array, shape (V,)
+        Whether the variant stands clear of the null's floor, so that size can exclude it.
+    variant_scales_nats : float array, shape (V,)
+        ŝ of each variant over the pool.
+    """
+
+    log_scales: Floats
+    log_size: Floats
+    log_direction: Floats
+    log_total: Floats
+    log_exclusion: Floats
+    cosines: Floats
+    log_remainder: Floats
+    excludable: NDArray[np.bool_]
+    variant_scales_nats: Floats
+
+
+def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvidence:
+    """Compute the evidence of all answers so far."""
+    n, variants = residuals.endpoint_nats.shape[0], len(library.variants)
+    centred = [centred_difference(e, r) for e, r in zip(residuals.endpoint_nats, residuals.reference_nats, strict=True)]
+    log_scales = np.array([log_scale(r) for r in centred])
+    log_size = _size_process(library, log_scales, residuals.probe_columns, policy)
+
+    cosines = np.full((variants, n), np.nan)
+    log_remainder = np.zeros((variants, n))
+    for v in range(variants):
+        left = np.full(n, np.nan)
+        for i in range(n):
+            difference = residuals.variant_nats[v, i]
+            cosines[v, i] = direction_cosine(centred[i], difference, residuals.reference_nats[i])
+            left[i] = log_scale(
+                centred_difference(residuals.endpoint_nats[i], residuals.reference_nats[i] + difference)
+            )
+        log_remainder[v] = _size_process(library, left, residuals.probe_columns, policy)
+
+    pool_scales = np.exp(np.nanmean(library.variant_log_scales, axis=1)) if variants else np.zeros(0)
+    null_scale = float(np.exp(library.null_mean))
+    faint = [v for v in range(variants) if pool_scales[v] < DIRECTION_UP_TO_MULTIPLE * null_scale]
+    if faint:
+        bets = [
+            bounded_mean_process(cosines[v], library.null_cosines[library.variants[v].id], DIRECTION_STAKE)
+            for v in faint
+        ]
+        log_direction = mixture(np.array(bets))
+    else:
+        log_direction = np.zeros(n)
+    return WeightEvidence(
+        log_scales=log_scales,
+        log_size=log_size,
+        log_direction=log_direction,
+        log_total=mixture(np.array([log_size, log_direction])),
+        log_exclusion=_exclusion(library, log_scales, residuals.probe_columns, policy),
+        cosines=cosines,
+        log_remainder=log_remainder,
+        excludable=pool_scales > null_scale,
+        variant_scales_nats=pool_scales,
+    )
+
+
+def _size_process(library: Library, log_scales: Floats, drawn: NDArray[np.int64], policy: Policy) -> Floats:
+    processes = []
+    for multiple in SIZE_MULTIPLES:
+        alternative = library.null_mean + float(np.log(multiple))
+        scores = tilted_score(log_scales, library.null_mean, alternative, library.null_sd, policy.score_cap)
+        null = tilted_score(library.null_log_scales, library.null_mean, alternative, library.null_sd, policy.score_cap)
+        processes += [
+            bounded_score_process(
+                scores, null, drawn, cap=policy.score_cap, outlier_share=policy.outlier_share, stake=stake
+            )
+            for stake in STAKES
+        ]
+    return mixture(np.array(processes))
+
+
+def _exclusion(library: Library, log_scales: Floats, drawn: NDArray[np.int64], policy: Policy) -> Floats:
+    """For each variant: evidence that what is served is nearer to the reference than the variant is."""
+    out = np.zeros((len(library.variants), log_scales.size))
+    for v, scales in enumerate(library.variant_log_scales):
+        shifted = scales - np.log(policy.stack_margin)
+        mean = float(np.nanmean(shifted))
+        sd = max(float(np.nanstd(shifted)), library.null_sd)
+        processes = []
+        for multiple in HONEST_MULTIPLES:
+            alternative = min(library.null_mean + float(np.log(multiple)), mean - 0.1)
+            scores = tilted_score(log_scales, mean, alternative, sd, policy.score_cap)
+            null = tilted_score(shifted[None, :], mean, alternative, sd, policy.score_cap)
+            processes.append(
+                bounded_score_process(
+                    scores, null, drawn, cap=policy.score_cap, outlier_share=policy.outlier_share, stake=1.0
+                )
+            )
+        out[v] = mixture(np.array(processes))
+    return out

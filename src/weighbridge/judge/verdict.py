@@ -1,0 +1,165 @@
+"""From findings to a verdict, under a policy."""
+
+from collections.abc import Callable
+
+from weighbridge import __version__
+from weighbridge.canonical import canonical_bytes, rounded, sha256_hex
+from weighbridge.judge.case import Case, Check
+from weighbridge.judge.library import Library, residuals
+from weighbridge.judge.other_axes import check_route, check_sampling, check_share, check_usage
+from weighbridge.judge.prompt import check_prompt
+from weighbridge.judge.sizes import weigh
+from weighbridge.judge.weights import MIN_TOP_LOGPROBS, check_weights, differs_after, is_consistent
+from weighbridge.records import (
+    AXES,
+    Axis,
+    Capability,
+    Cause,
+    Finding,
+    Findings,
+    Observation,
+    Outcome,
+    Plan,
+    Verdict,
+    VerdictWord,
+)
+
+CHECKS: tuple[Check, ...] = (check_route, check_prompt, check_sampling, check_weights, check_share, check_usage)
+LibraryFor = Callable[[int], Library | None]
+
+
+def open_case(plan: Plan, capability: Capability, answers: list[Observation], library: Library | None) -> Case:
+    """Line the answers up with the library."""
+    if library is None or capability.top_logprobs < MIN_TOP_LOGPROBS:
+        return Case(plan, capability, answers, library, None, None)
+    lined_up = residuals(library, answers)
+    if lined_up.probe_columns.size == 0:
+        return Case(plan, capability, answers, library, None, None)
+    return Case(plan, capability, answers, library, lined_up, weigh(library, lined_up, plan.policy))
+
+
+def is_decided(case: Case) -> bool:
+    """Whether further answers of this level would change nothing that the policy requires."""
+    if case.evidence is None:
+        return False
+    counted = sum(o.prompt_tokens is not None for o in case.answers)
+    policy = case.plan.policy
+    if is_consistent(case.evidence, policy):
+        return True
+    if differs_after(case.evidence, policy) is None:
+        return False
+    # A wrong prompt is told from wrong weights by token counts, where the endpoint reports any.
+    return counted >= policy.min_counted or counted == 0 or len(case.answers) > counted + policy.min_counted
+
+
+def judge(
+    case: Case, *, requests_sent: int, stopped_because: str, all_observations: list[Observation]
+) -> tuple[Findings, Verdict]:
+    """Run every check and put the findings together.
+
+    Parameters
+    ----------
+    case : Case
+        The audit.
+    requests_sent : int
+        Attempts, including capability calls and retries.
+    stopped_because : str
+        Why no more requests were sent.
+    all_observations : list of Observation
+        What the verdict is bound to by hash, and what was paid for.
+    """
+    findings = [check(case) for check in CHECKS]
+    by_axis = {finding.axis: finding for finding in findings}
+    by_axis["weights"] = _weights_under_prompt(by_axis["weights"], by_axis["prompt"])
+    findings = [by_axis[finding.axis] for finding in findings]
+    axes: dict[Axis, Outcome] = {axis: by_axis[axis].outcome for axis in AXES}
+
+    word, cause = _word_and_cause(case.plan, by_axis)
+    weights = by_axis["weights"]
+    prompt_tokens = sum(o.prompt_tokens or 0 for o in all_observations)
+    completion_tokens = sum(o.completion_tokens or 0 for o in all_observations)
+    price = case.plan.endpoint.price
+    observed = [rounded(o.model_dump(mode="json", by_alias=True)) for o in all_observations]
+    verdict = Verdict(
+        weighbridge_version=__version__,
+        verdict=word,
+        cause=cause,
+        exact_variant=weights.exact_variant if word == "differs" else None,
+        policy=case.plan.policy.id,
+        axes=axes,
+        not_excluded=weights.not_excluded,
+        excluded=weights.excluded,
+        sentence=_sentence(case, word, cause, by_axis),
+        error_rate=_error_rate(case, word),
+        effective_noise_nats=next((e for e in weights.effects if e.name == "effective noise"), None),
+        answers_used=weights.answers_used,
+        requests_sent=requests_sent,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        cost_usd=price.cost_usd(prompt_tokens, completion_tokens) if price is not None else None,
+        stopped_because=stopped_because,
+        endpoint_refused=not case.capability.reachable,
+        observations_sha256=sha256_hex(canonical_bytes(observed)),
+    )
+    return Findings(weighbridge_version=__version__, capability=case.capability, findings=findings), verdict
+
+
+def _weights_under_prompt(weights: Finding, prompt: Finding) -> Finding:
+    """Weights are blamed only under a prompt that is known.
+
+    It is known where the token counts are the official template's, or where a recorded variant explains the whole
+    residual: under another prompt something would be left over.
+    """
+    if weights.outcome != "inconsistent" or prompt.outcome == "consistent" or weights.exact_variant is not None:
+        return weights
+    if weights.cause == "partial_routing":
+        return weights
+    return weights.model_copy(
+        update={
+            "outcome": "inconclusive",
+            "cause": None,
+            "summary": f"{weights.summary}; but the prompt that was served is not known, so the weights are not judged",
+            "to_resolve": "An endpoint that serves the official prompt, or the rendering that it serves in a bundle",
+        }
+    )
+
+
+def _word_and_cause(plan: Plan, by_axis: dict[Axis, Finding]) -> tuple[VerdictWord, Cause | None]:
+    wrong = [by_axis[axis] for axis in AXES if axis in plan.policy.requires and by_axis[axis].outcome == "inconsistent"]
+    if wrong:
+        return "differs", next((finding.cause for finding in wrong if finding.cause is not None), "none_of_these")
+    if by_axis["weights"].outcome == "consistent" and by_axis["prompt"].outcome == "consistent":
+        return "consistent", None
+    return "inconclusive", None
+
+
+def _sentence(case: Case, word: VerdictWord, cause: Cause | None, by_axis: dict[Axis, Finding]) -> str:
+    policy, weights = case.plan.policy, by_axis["weights"]
+    if word == "consistent":
+        left = weights.not_excluded
+        rest = f"; not excluded: {', '.join(left)}" if left else ""
+        return f"Consistent with the reference under the policy {policy.id} ({policy.title}){rest}."
+    if word == "differs":
+        finding = next(f for axis, f in by_axis.items() if f.outcome == "inconsistent" and axis in policy.requires)
+        named = {
+            "precision": "at another precision", "kv_cache": "with another KV cache", "template": "under another chat template",
+            "hidden_prompt": "with a prompt added to it", "other_model": "as another model", "partial_routing": "by something else for some requests",
+        }.get(str(cause), "in a way that no recorded variant explains")  # fmt: skip
+        return f"Differs from the reference under the policy {policy.id}: served {named}. {finding.summary}."
+    if not case.capability.reachable:
+        return f"Not verified: the endpoint did not answer ({case.capability.refused or 'no answer'})."
+    open_question = weights if weights.outcome != "consistent" else by_axis["prompt"]
+    return f"Not verified: {open_question.summary[0].lower()}{open_question.summary[1:]}."
+
+
+def _error_rate(case: Case, word: VerdictWord) -> str:
+    policy = case.plan.policy
+    if word == "differs":
+        return (
+            f"If the endpoint were one of the honest stacks that the policy describes, evidence of this size would be reached at any time in at most 1 of {policy.differs_e_value:g} draws. "
+            "That bounds the error of the draw, not that of a kind of honest stack which the library lacks: it holds one engine, which is why no stack is held to less than "
+            f"{policy.null_scale_floor_nats:g} nats. A single night is not a replication."
+        )
+    if word == "consistent":
+        return f"If one of the excluded departures were served, it would be excluded in at most 1 of {policy.consistent_e_value:g} draws."
+    return "No statement is made, so none can be wrong."

@@ -1,0 +1,225 @@
+"""Are the weights the weights? Level L3: top-k logprobs on one token."""
+
+from typing import Any
+
+import numpy as np
+
+from weighbridge.judge.case import Case
+from weighbridge.judge.sizes import WeightEvidence
+from weighbridge.records import Effect, Finding, Policy
+from weighbridge.reference.bundle import StackRecord
+from weighbridge.stats.evidence import first_crossing
+from weighbridge.stats.residuals import mean_interval, scale_interval
+
+CONFIDENCE = 0.95
+MIN_TOP_LOGPROBS = 5
+HONEST_LOOKING_SHARE = 0.25
+LOG10 = float(np.log(10))
+
+
+def differs_after(evidence: WeightEvidence, policy: Policy) -> int | None:
+    """After how many answers the honest library is rejected, or None."""
+    if evidence.log_total.size < policy.min_answers:
+        return None
+    reached = first_crossing(evidence.log_total, policy.differs_e_value)
+    return None if reached is None else max(reached, policy.min_answers)
+
+
+def excluded_variants(evidence: WeightEvidence, policy: Policy) -> list[bool]:
+    """For each variant, whether it is excluded: by size, and only where size can speak of it."""
+    return [
+        bool(can) and first_crossing(process, policy.consistent_e_value) is not None
+        for can, process in zip(evidence.excludable, evidence.log_exclusion, strict=True)
+    ]
+
+
+def is_consistent(evidence: WeightEvidence, policy: Policy) -> bool:
+    """Whether every departure that size can speak of is excluded, and the library is not rejected."""
+    if evidence.log_total.size < policy.min_answers_consistent or not evidence.excludable.any():
+        return False
+    excluded = excluded_variants(evidence, policy)
+    return (
+        all(e for e, can in zip(excluded, evidence.excludable, strict=True) if can)
+        and differs_after(evidence, policy) is None
+    )
+
+
+def nearest(evidence: WeightEvidence, variants: list[StackRecord], policy: Policy) -> tuple[int, bool, bool]:
+    """The variant with the largest mean cosine; whether it is exactly named; whether its family is."""
+    means = np.nanmean(evidence.cosines, axis=1)
+    best = int(np.argmax(means))
+    honest_remainder = bool(evidence.log_remainder[best].max() < np.log(policy.differs_e_value))
+    exact = means[best] >= policy.exact_name_cosine and honest_remainder
+    return best, bool(exact), bool(means[best] >= policy.family_cosine)
+
+
+def honest_looking_share(evidence: WeightEvidence, policy: Policy) -> float:
+    """Share of answers whose residual is well inside the null's scale."""
+    return float(np.mean(evidence.log_scales < np.log(policy.null_scale_floor_nats / 1.5)))
+
+
+def check_weights(case: Case) -> Finding:
+    """Judge the weights by the size and the direction of the residuals.
+
+    The finding says what the logprobs say. Whether the weights are to blame for it depends on the prompt and is
+    decided with the prompt's finding, in `weighbridge.judge.verdict`.
+    """
+    reference = case.plan.endpoint.reference
+    if case.library is None and case.plan.reference is None:
+        return Finding(
+            check="weights", axis="weights", outcome="not_supported",
+            summary=f"There is no reference bundle for {case.plan.endpoint.model}" if reference is None else "The reference bundle is not at hand",
+            to_resolve="Name a bundle with --reference, or build one from the original weights: weighbridge reference build SPEC.toml --out DIR",
+        )  # fmt: skip
+    if not case.capability.reachable:
+        return Finding(
+            check="weights",
+            axis="weights",
+            outcome="error",
+            summary="The endpoint did not answer",
+            to_resolve="Run the audit again when it does",
+        )
+    if case.capability.top_logprobs < MIN_TOP_LOGPROBS:
+        returned = case.capability.top_logprobs
+        return Finding(
+            check="weights", axis="weights", outcome="not_supported",
+            summary=f"The endpoint returns {'no' if returned == 0 else f'only {returned}'} logprobs; this version judges weights from at least {MIN_TOP_LOGPROBS}",
+            to_resolve="Ask the host for logprobs; text-only levels are not part of this version",
+        )  # fmt: skip
+    if case.capability.temperature_regime == "other":
+        return Finding(
+            check="weights", axis="weights", outcome="not_supported",
+            summary=f"The logprobs are neither before nor after temperature (slope {case.capability.temperature_slope:.2f}), so their meaning is not known",
+            to_resolve="Ask the host what its logprobs mean",
+        )  # fmt: skip
+    evidence, library, policy = case.evidence, case.library, case.plan.policy
+    if evidence is None or library is None or evidence.log_scales.size < policy.min_answers:
+        used = 0 if evidence is None else int(evidence.log_scales.size)
+        return Finding(
+            check="weights", axis="weights", outcome="inconclusive", answers_used=used,
+            summary=f"Only {used} answers with logprobs; at least {policy.min_answers} are needed",
+            to_resolve="Run the audit again with a larger --max-requests",
+        )  # fmt: skip
+    return _judged(case, evidence)
+
+
+def _judged(case: Case, evidence: WeightEvidence) -> Finding:
+    library, policy = case.library, case.plan.policy
+    assert library is not None
+    assert case.residuals is not None
+    n = int(evidence.log_scales.size)
+    noise, low, high = scale_interval(evidence.log_scales, CONFIDENCE)
+    effects = [Effect(name="effective noise", value=noise, low=low, high=high, unit="nats", confidence=CONFIDENCE)]
+    excluded = excluded_variants(evidence, policy)
+    common: dict[str, Any] = {
+        "check": "weights",
+        "axis": "weights",
+        "answers_used": n,
+        "log10_e_value": float(evidence.log_total.max() / LOG10),
+        "excluded": [v.id for v, out in zip(library.variants, excluded, strict=True) if out],
+        "not_excluded": [v.id for v, out in zip(library.variants, excluded, strict=True) if not out],
+        "details": _details(case, evidence, noise, low, high),
+    }
+    if differs_after(evidence, policy) is not None:
+        best, exact, family = nearest(evidence, library.variants, policy)
+        variant = library.variants[best]
+        cosine, cosine_low, cosine_high = mean_interval(
+            evidence.cosines[best][np.isfinite(evidence.cosines[best])], CONFIDENCE
+        )
+        effects.append(
+            Effect(
+                name=f"cosine with {variant.id}",
+                value=cosine,
+                low=cosine_low,
+                high=cosine_high,
+                unit="1",
+                confidence=CONFIDENCE,
+            )
+        )
+        nearby = f"the residual points at {variant.id} (cosine {cosine:.2f})"
+        if honest_looking_share(evidence, policy) >= HONEST_LOOKING_SHARE:
+            cause, text = "partial_routing", "some answers are the reference's and some are not; " + nearby
+        elif exact:
+            cause, text = str(variant.departure), f"{nearby} and nothing else is left: {variant.description}"
+        elif family:
+            cause, text = str(variant.departure), f"{nearby}, but not only at it"
+        else:
+            cause, text = (
+                "none_of_these",
+                f"it points at none of the {len(library.variants)} recorded variants (largest cosine {cosine:.2f}, {variant.id})",
+            )
+        return Finding(
+            **common, effects=effects, outcome="inconsistent", cause=cause, exact_variant=variant.id if exact and cause != "partial_routing" else None,
+            summary=f"The logprobs differ from every honest stack by {noise:.3g} nats (95 % interval {low:.3g} to {high:.3g}); {text}",
+        )  # fmt: skip
+    if is_consistent(evidence, policy):
+        return Finding(
+            **common, effects=effects, outcome="consistent",
+            summary=f"The logprobs are the reference's within {noise:.2g} nats (95 % interval {low:.2g} to {high:.2g}); honest stacks are allowed {policy.null_scale_floor_nats:g}",
+        )  # fmt: skip
+    return Finding(
+        **common, effects=effects, outcome="inconclusive",
+        summary=f"Effective noise {noise:.2g} nats after {n} answers: neither the honest library nor every departure is excluded",
+        to_resolve=_more_needed(evidence, policy, n),
+    )  # fmt: skip
+
+
+def _more_needed(evidence: WeightEvidence, policy: Policy, n: int) -> str:
+    """How many more answers would decide if the evidence went on as it came."""
+    needed = []
+    if evidence.log_total[-1] > 0:
+        needed.append(n * (np.log(policy.differs_e_value) / evidence.log_total[-1] - 1))
+    weakest = min(
+        (p[-1] for p, can in zip(evidence.log_exclusion, evidence.excludable, strict=True) if can), default=0.0
+    )
+    if weakest > 0:
+        needed.append(max(n * (np.log(policy.consistent_e_value) / weakest - 1), policy.min_answers_consistent - n))
+    if not needed:
+        return "More one-token answers of this kind would not decide it; this level cannot resolve it"
+    return f"About {max(1, int(np.ceil(min(needed))))} more one-token requests, if the evidence goes on as it came"
+
+
+def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, high: float) -> dict[str, Any]:
+    """What the report draws: the ladder of recorded stacks, the directions, and the course of the evidence."""
+    library, residuals = case.library, case.residuals
+    assert library is not None
+    assert residuals is not None
+    ladder = []
+    for stacks, scales, honest in (
+        (library.honest, library.honest_log_scales, True),
+        (library.variants, library.variant_log_scales, False),
+    ):
+        for stack, row in zip(stacks, scales, strict=True):
+            values = row[np.isfinite(row)]
+            ladder.append({
+                "stack": stack.id, "honest": honest, "departure": stack.departure, "bits_held": stack.bits_held,
+                "noise_nats": float(np.exp(values.mean())),
+                "p05_nats": float(np.exp(np.quantile(values, 0.05))), "p95_nats": float(np.exp(np.quantile(values, 0.95))),
+            })  # fmt: skip
+    directions = []
+    for variant, cosines in zip(library.variants, evidence.cosines, strict=True):
+        known = cosines[np.isfinite(cosines)]
+        mean, below, above = mean_interval(known, CONFIDENCE) if known.size else (0.0, 0.0, 0.0)
+        directions.append({
+            "variant": variant.id, "cosine": mean, "low": below, "high": above, "honest_at_most": library.null_cosines[variant.id],
+        })  # fmt: skip
+    return {
+        "endpoint_noise_nats": {"value": noise, "low": low, "high": high},
+        "null_scale_nats": float(np.exp(library.null_mean)),
+        "ladder": sorted(ladder, key=lambda row: float(row["noise_nats"])),
+        "directions": directions,
+        "course": [
+            {
+                "log10_e_size": float(s / LOG10),
+                "log10_e_direction": float(d / LOG10),
+                "log10_e": float(t / LOG10),
+                "noise_nats": float(np.exp(x)),
+            }
+            for s, d, t, x in zip(
+                evidence.log_size, evidence.log_direction, evidence.log_total, evidence.log_scales, strict=True
+            )
+        ],
+        "same_first_token_share": float(residuals.agrees.mean()),
+        "top_logprobs_used": library.top_k,
+        "honest_families": 1,
+    }

@@ -1,0 +1,120 @@
+"""Keys: read from the environment by name, bound to one origin, and kept out of everything that is written."""
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import filelock
+
+from weighbridge.canonical import write_atomically
+from weighbridge.errors import ConfigurationError, KeyRefusedError
+from weighbridge.paths import state_folder
+
+_KEY_NAME = re.compile(r"^[A-Z][A-Z0-9_]*_(API_KEY|AUTH_TOKEN)$")
+REDACTED = "[redacted key]"
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key in memory. It has no representation, and nothing that holds one can be written as JSON."""
+
+    value: str = field(repr=False)
+
+    def redact(self, text: str) -> str:
+        """Replace the key, and its usual encodings, wherever they stand in a text."""
+        for form in self._forms():
+            text = text.replace(form, REDACTED)
+        return text
+
+    def stands_in(self, text: str) -> bool:
+        """Whether the key or one of its usual encodings stands in a text."""
+        return any(form in text for form in self._forms())
+
+    def _forms(self) -> tuple[str, ...]:
+        raw = self.value.encode()
+        return (
+            self.value,
+            json.dumps(self.value)[1:-1],
+            quote(self.value, safe=""),
+            base64.b64encode(raw).decode().rstrip("="),
+            base64.urlsafe_b64encode(raw).decode().rstrip("="),
+            raw.hex(),
+        )
+
+
+def trust_file() -> Path:
+    """The user's own file that binds key names to origins."""
+    return state_folder() / "trust.json"
+
+
+def key_for(name: str | None, origin: str) -> Key | None:
+    """Read the key that `name` names, for use at `origin` only.
+
+    On first use the name is bound to the origin in the user's trust file, so that a file from a stranger
+    cannot pair the user's key with its own URL.
+
+    Raises
+    ------
+    KeyRefusedError
+        If the name does not look like a key's, the variable is empty, or the name is bound to another origin.
+    """
+    if name is None:
+        return None
+    if not _KEY_NAME.match(name):
+        raise KeyRefusedError(
+            f"api_key_env {name!r} does not look like a key's name", "Use a variable named *_API_KEY or *_AUTH_TOKEN"
+        )
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise KeyRefusedError(f"the environment variable {name} is not set", f"Set it: export {name}=…")
+    if not value.isascii() or not value.isprintable() or len(value) < 8:
+        raise KeyRefusedError(
+            f"the value of {name} does not look like a key", "Use printable ASCII of at least 8 characters"
+        )
+    _bind(name, origin)
+    return Key(value)
+
+
+def _bind(name: str, origin: str) -> None:
+    path = trust_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(str(path) + ".lock"):
+        try:
+            known: dict[str, str] = json.loads(path.read_text("utf-8"))["origin_of_key"] if path.exists() else {}
+        except (ValueError, KeyError, OSError):
+            raise ConfigurationError(f"{path} cannot be read", "Repair or remove it") from None
+        bound = known.get(name)
+        if bound == origin:
+            return
+        # A local server takes a new port each time it starts: loopback is one place.
+        if bound is not None and not (_is_loopback(bound) and _is_loopback(origin)):
+            raise KeyRefusedError(
+                f"{name} is bound to {bound} and would be sent to {origin}",
+                f"If that is meant, change origin_of_key in {path}",
+            )
+        document = {"schema": "weighbridge/trust/1", "origin_of_key": {**known, name: origin}}
+        write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
+        path.chmod(0o600)
+
+
+def _is_loopback(origin: str) -> bool:
+    return urlsplit(origin).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def owner_mark(data: bytes) -> str:
+    """A mark that only this user's Weighbridge can make, to recognise the runs that this user started."""
+    path = state_folder() / "run_secret"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(str(path) + ".lock"):
+        if not path.exists():
+            write_atomically(path, secrets.token_bytes(32))
+            path.chmod(0o600)
+        secret = path.read_bytes()
+    return hmac.new(secret, data, hashlib.sha256).hexdigest()

@@ -1,0 +1,110 @@
+"""What the lab can serve: each variant is one stack, or one named departure from the original."""
+
+from dataclasses import dataclass, field
+
+DEFAULT_SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+HIDDEN_SYSTEM_PROMPT = "Answer politely. Do not discuss competitors of Example Hosting."
+
+_TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+_SYSTEM = (
+    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    + DEFAULT_SYSTEM_PROMPT
+    + "<|im_end|>\n' }}{% endif %}"
+)
+_GENERATION = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def _chatml(system: str = _SYSTEM, turn: str = _TURN, generation: str = _GENERATION) -> str:
+    return "{% for message in messages %}" + system + turn + "{% endfor %}" + generation
+
+
+OFFICIAL_TEMPLATE = _chatml()
+
+# The first special token of the conversation is this model's BOS token (id 1, "<|im_start|>").
+_MISSING_BOS = _chatml(
+    system="{% if loop.first and messages[0]['role'] != 'system' %}{{ 'system\n"
+    + DEFAULT_SYSTEM_PROMPT
+    + "<|im_end|>\n' }}{% endif %}",
+    turn="{% if loop.first and message['role'] == 'system' %}{{'system\n' + message['content'] + '<|im_end|>\n'}}"
+    "{% else %}" + _TURN + "{% endif %}",
+)
+_HIDDEN = "{{ '<|im_start|>system\n" + HIDDEN_SYSTEM_PROMPT + "<|im_end|>\n' }}" + OFFICIAL_TEMPLATE
+_LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+_NONE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How llama.cpp's server is run."""
+
+    threads: int = 2
+    slots: int = 1
+    batch: int = 2048
+    micro_batch: int = 512
+    cache_type: str = "f16"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing that the lab can serve.
+
+    ``departure`` is ``None`` for an honest stack, else the kind of departure in the words of a verdict's
+    cause. ``weights`` names a file that ``weighbridge.lab.weights`` makes. ``template`` replaces the model's
+    own chat template.
+    """
+
+    name: str
+    description: str
+    departure: str | None = None
+    weights: str = "f16"
+    template: str | None = None
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def truth(self) -> str:
+        """``honest:NAME`` or ``altered:NAME``."""
+        return f"{'honest' if self.departure is None else 'altered'}:{self.name}"
+
+
+def _weights(name: str, description: str) -> Variant:
+    return Variant(name, description, "precision", weights=name)
+
+
+def _template(name: str, description: str, template: str, departure: str = "template") -> Variant:
+    return Variant(name, description, departure, template=template)
+
+
+_CATALOGUE = (
+    Variant("f32", "original values stored as 32-bit floats", weights="f32"),
+    Variant("f16", "original values stored as 16-bit floats"),
+    Variant("bf16", "original values stored as bfloat16", weights="bf16"),
+    Variant("f16-busy", "16-bit floats, 4 slots, small batches", settings=Settings(slots=4, batch=64, micro_batch=64)),
+    Variant("f16-one-thread", "16-bit floats, one thread", settings=Settings(threads=1)),
+    Variant("bf16-busy", "bfloat16, 4 slots, small batches", weights="bf16", settings=Settings(slots=4, batch=64, micro_batch=32)),
+    Variant("f32-one-thread", "32-bit floats, one thread, 2 slots", weights="f32", settings=Settings(threads=1, slots=2)),
+    Variant("bf16-small-batch", "bfloat16, one thread, batches of 16", weights="bf16", settings=Settings(threads=1, batch=16, micro_batch=16)),
+    _weights("q8_0", "llama.cpp Q8_0 (its kernels also round activations to 8 bits)"),
+    _weights("int8", "8-bit integers per output channel, round to nearest, block matrices"),
+    _weights("fp8-e4m3", "8-bit floats (e4m3) per output channel, block matrices"),
+    _weights("q4_0", "llama.cpp Q4_0, embedding at Q8_0"),
+    _weights("int4", "4-bit integers in groups of 64, round to nearest, block matrices"),
+    _weights("int3", "3-bit integers in groups of 64, round to nearest, block matrices"),
+    Variant("kv-q8_0", "16-bit weights, 8-bit KV cache", "kv_cache", settings=Settings(cache_type="q8_0")),
+    Variant("kv-q4_0", "16-bit weights, 4-bit KV cache", "kv_cache", settings=Settings(cache_type="q4_0")),
+    _template("no-default-system", "template without the default system prompt", _chatml(system="")),
+    _template("hidden-system", "a hidden system prompt before the conversation", _HIDDEN, "hidden_prompt"),
+    _template("missing-bos", "template without its first special token", _MISSING_BOS),
+    _template("no-generation-prompt", "template without the assistant's turn", _chatml(generation="")),
+    _template("llama3-template", "Llama-3 style template", _LLAMA3),
+    _template("no-template", "message texts only", _NONE),
+    Variant("depth-24", "another model: SmolLM2 with blocks 13 to 18 of 30 removed", "other_model", weights="depth-24"),
+)  # fmt: skip
+
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _CATALOGUE}
+
+GEMMA = Variant("gemma-3-270m", "another model: Gemma 3 270M (see `lab fetch`)", "other_model", weights="gemma-3-270m")

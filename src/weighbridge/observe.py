@@ -1,0 +1,21 @@
+"""From exchanges to observations: flat typed facts, nothing judged, nothing fetched."""
+
+from weighbridge.dialects import DIALECTS
+from weighbridge.records import Exchange, Observation, Plan
+
+
+def observe(plan: Plan, exchanges: list[Exchange]) -> dict[str, Observation]:
+    """The observation of each request that has come back, in the plan's order.
+
+    An attempt that was under way when the audit was killed came back as nothing; it is an attempt all the same.
+    """
+    dialect = DIALECTS[plan.endpoint.dialect]
+    attempts: dict[str, list[Exchange]] = {}
+    for exchange in exchanges:
+        attempts.setdefault(exchange.sent.request_id, []).append(exchange)
+    planned = [*plan.capability_requests, *plan.probe_requests]
+    return {
+        request.request_id: dialect.observe(request.probe.id, attempts[request.request_id])
+        for request in planned
+        if request.request_id in attempts
+    }

@@ -1,0 +1,113 @@
+"""The plan: everything that is decided before the first request is sent."""
+
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+
+from weighbridge import __version__
+from weighbridge.canonical import canonical_bytes, sha256_hex
+from weighbridge.capability import capability_requests
+from weighbridge.errors import BundleError
+from weighbridge.probes import Pool, draw, load_pool
+from weighbridge.records import Draw, Endpoint, Estimate, Plan, PlannedRequest, Policy, PoolIdentity, Probe
+from weighbridge.reference.bundle import EMBEDDED, Bundle
+
+MOST_CAPABILITY_REQUESTS = 4
+# What a template adds to a message at most, in tokens; a token is at least one byte.
+TEMPLATE_TOKENS_PER_MESSAGE = 64
+
+
+def worst_case_prompt_tokens(probe: Probe) -> int:
+    """An upper limit of a probe's prompt tokens, for any tokenizer that works on bytes."""
+    return (
+        sum(len(m.content.encode()) + TEMPLATE_TOKENS_PER_MESSAGE for m in probe.messages) + TEMPLATE_TOKENS_PER_MESSAGE
+    )
+
+
+def pool_of(bundle: Bundle) -> Pool:
+    """The pool that a bundle was recorded on.
+
+    Raises
+    ------
+    BundleError
+        If the pool at hand is not the one that the bundle names.
+    """
+    carried = bundle.path / "pool"
+    pool = load_pool(str(carried) if carried.is_dir() else bundle.manifest.pool.id)
+    if pool.identity != bundle.manifest.pool:
+        raise BundleError(
+            f"the pool {bundle.manifest.pool.id} at hand is not the one that the bundle {bundle.manifest.id} was recorded on",
+            "Use the version of Weighbridge that carries that pool, or put the pool into the bundle's folder as pool/",
+        )
+    return pool
+
+
+def make_plan(
+    endpoint: Endpoint, policy: Policy, bundle: Bundle | None, *, seed: str | None = None, created_at: str | None = None
+) -> Plan:
+    """Decide what an audit will send.
+
+    Parameters
+    ----------
+    endpoint : Endpoint
+        What is audited; its limits bound the plan.
+    policy : Policy
+        What counts as honest.
+    bundle : Bundle or None
+        The reference; without one only the capability calls are planned.
+    seed : str, optional
+        The seed of the draw; a fresh one of 128 bits by default.
+    created_at : str, optional
+        UTC time, now by default.
+
+    Raises
+    ------
+    BundleError
+        If the bundle's pool is not at hand.
+    """
+    seed = seed if seed is not None else secrets.token_hex(16)
+    probes: list[Probe] = []
+    identity: PoolIdentity | None = None
+    if bundle is not None:
+        pool = pool_of(bundle)
+        identity = pool.identity
+        by_id = {probe.id: probe for probe in pool.probes}
+        room = max(0, endpoint.limits.max_requests - 2)
+        probes = [by_id[probe_id] for probe_id in draw(bundle.usable_probe_ids, seed)[:room]]
+    capability = capability_requests()
+    commitment = sha256_hex(
+        canonical_bytes({
+            "seed": seed, "pool": identity.sha256 if identity else None, "weighbridge": __version__,
+            "reference": bundle.identity.digest if bundle else None, "policy": policy.model_dump(mode="json", by_alias=True),
+        })
+    )  # fmt: skip
+    return Plan(
+        weighbridge_version=__version__,
+        run_id=secrets.token_hex(8),
+        created_at=created_at or datetime.now(UTC).isoformat(timespec="seconds"),
+        endpoint=endpoint,
+        policy=policy,
+        reference=bundle.identity if bundle else None,
+        reference_path=None if bundle is None or bundle.manifest.id in EMBEDDED else str(Path(bundle.path).resolve()),
+        pool=identity,
+        draw=Draw(seed=seed, commitment=commitment),
+        capability_requests=capability,
+        probe_requests=[
+            PlannedRequest(request_id=f"probe-{n:04d}", probe=probe) for n, probe in enumerate(probes, start=1)
+        ],
+        estimate=_estimate(endpoint, bundle, capability, probes),
+    )
+
+
+def _estimate(
+    endpoint: Endpoint, bundle: Bundle | None, capability: list[PlannedRequest], probes: list[Probe]
+) -> Estimate:
+    requests = min(endpoint.limits.max_requests, MOST_CAPABILITY_REQUESTS + len(probes))
+    tokens = sum(worst_case_prompt_tokens(request.probe) for request in capability)
+    if bundle is not None:
+        tokens += int(sum(bundle.prompt_tokens[0, bundle.probe_index[probe.id]] for probe in probes))
+    cost = endpoint.price.cost_usd(tokens, requests) if endpoint.price else None
+    source = "the endpoint's [price], retries not counted" if endpoint.price else "no price was given"
+    return Estimate(
+        requests=requests, prompt_tokens=tokens, completion_tokens=requests, cost_usd=cost, price_source=source
+    )

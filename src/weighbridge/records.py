@@ -1,0 +1,423 @@
+"""What flows through an audit, as frozen records: endpoint, policy, plan, exchange, observation, finding, verdict.
+
+Every file of a run folder holds records of this module; each carries the name and version of its schema.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from weighbridge.errors import ConfigurationError
+
+Outcome = Literal["consistent", "inconsistent", "inconclusive", "not_supported", "not_applicable", "error"]
+Axis = Literal["route", "prompt", "sampling", "weights", "share", "service"]
+AXES: tuple[Axis, ...] = ("route", "prompt", "sampling", "weights", "share", "service")
+VerdictWord = Literal["consistent", "inconclusive", "differs", "differs_replicated"]
+Cause = Literal[
+    "precision", "kv_cache", "template", "hidden_prompt", "sampling", "route", "other_model", "partial_routing", "none_of_these",
+]  # fmt: skip
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+class Record(BaseModel):
+    """A frozen record that refuses fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+# -- what the user states --------------------------------------------------------------------------------------
+
+
+class Price(Record):
+    """What the endpoint charges, for the plan and the cost limit."""
+
+    prompt_usd_per_million_tokens: float = Field(ge=0, allow_inf_nan=False)
+    completion_usd_per_million_tokens: float = Field(ge=0, allow_inf_nan=False)
+
+    def cost_usd(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """The price of so many tokens, in US dollars."""
+        return (
+            prompt_tokens * self.prompt_usd_per_million_tokens
+            + completion_tokens * self.completion_usd_per_million_tokens
+        ) / 1e6
+
+
+class Limits(Record):
+    """How the endpoint may be asked."""
+
+    max_requests: int = Field(default=100, ge=1, le=100_000)
+    max_cost_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    concurrency: int = Field(default=1, ge=1, le=64)
+    requests_per_minute: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    timeout_s: float = Field(default=60.0, gt=0, le=3600, allow_inf_nan=False)
+
+
+class Endpoint(Record):
+    """A place that claims to serve a model: base URL, dialect, model name, and where the key is."""
+
+    schema_: Literal["weighbridge/endpoint/1"] = Field(default="weighbridge/endpoint/1", alias="schema")
+    name: str = Field(min_length=1, max_length=120)
+    base_url: str = Field(max_length=2000)
+    model: str = Field(min_length=1, max_length=300)
+    dialect: Literal["openai-chat"] = "openai-chat"
+    reference: str | None = None
+    policy: str = "strict"
+    claimed_precision: str | None = Field(default=None, max_length=100)
+    api_key_env: str | None = None
+    identify_client: bool = True
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    price: Price | None = None
+    limits: Limits = Field(default_factory=Limits)
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_https_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("https", "http") or not parts.hostname:
+            raise ValueError("must be a URL such as https://api.example.com/v1")
+        if parts.username or parts.password:
+            raise ValueError("must not hold credentials; name the key's environment variable in api_key_env")
+        if parts.query or parts.fragment:
+            raise ValueError("must not hold a query string or a fragment")
+        if parts.scheme == "http" and parts.hostname not in LOOPBACK_HOSTS:
+            raise ValueError("must use https unless the host is this machine (127.0.0.1, localhost, ::1)")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _cost_needs_price(self) -> Self:
+        if self.limits.max_cost_usd is not None and self.price is None:
+            raise ValueError("limits.max_cost_usd needs [price], so that a cost can be known before it is spent")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port: what a key is bound to."""
+        parts = urlsplit(self.base_url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        return f"{parts.scheme}://{parts.hostname}:{port}"
+
+
+class Policy(Record):
+    """Which stacks count as honest, what a verdict requires, and every threshold with its source."""
+
+    schema_: Literal["weighbridge/policy/1"] = Field(alias="schema")
+    id: str
+    version: int
+    title: str
+    accepts: list[str] = Field(description="classes of departure that count as honest, such as kv8 or int8")
+    requires: list[Axis] = Field(description="axes whose inconsistency makes the verdict `differs`")
+    differs_e_value: float = Field(gt=1, description="evidence against the honest library at which it is rejected")
+    consistent_e_value: float = Field(
+        gt=1, description="evidence against each excluded departure at which it is excluded"
+    )
+    null_scale_floor_nats: float = Field(
+        gt=0, description="no honest stack is held to a smaller residual scale than this"
+    )
+    null_scale_floor_source: str
+    stack_margin: float = Field(ge=1, description="factor on an honest stack's scale for stacks not in the library")
+    outlier_share: float = Field(ge=0, lt=1, description="share of probes on which an honest stack may do anything")
+    score_cap: float = Field(gt=1, description="the most that one request may count, before normalising")
+    direction_floor_cosine: float = Field(gt=0, lt=1)
+    direction_margin_cosine: float = Field(ge=0, lt=1)
+    exact_name_cosine: float = Field(gt=0, lt=1)
+    family_cosine: float = Field(gt=0, lt=1)
+    min_answers: int = Field(ge=2, description="no `differs` from fewer answers")
+    min_answers_consistent: int = Field(ge=2, description="no `consistent` from fewer answers")
+    min_counted: int = Field(ge=2, description="no statement about the prompt from fewer token counts")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+# -- plan ------------------------------------------------------------------------------------------------------
+
+
+class Message(Record):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Probe(Record):
+    """One request with a purpose."""
+
+    id: str = Field(pattern=r"^[a-z0-9-]{1,80}$")
+    purpose: str
+    messages: list[Message] = Field(min_length=1)
+
+
+class PlannedRequest(Record):
+    """One request of a plan, in sending order."""
+
+    request_id: str
+    probe: Probe
+
+
+class BundleIdentity(Record):
+    """Which reference bundle: its name and the digest of its manifest."""
+
+    id: str
+    digest: str
+
+
+class PoolIdentity(Record):
+    """Which pool of probes: its name, version and the digest of its probes."""
+
+    id: str
+    version: int
+    sha256: str
+
+
+class Draw(Record):
+    """The probes of one audit: the seed of the keyed generator, and the commitment to the draw."""
+
+    seed: str
+    commitment: str
+
+
+class Estimate(Record):
+    """What an audit costs at most."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: Finite | None
+    price_source: str
+
+
+class Plan(Record):
+    """Everything that is decided before the first request is sent."""
+
+    schema_: Literal["weighbridge/plan/1"] = Field(default="weighbridge/plan/1", alias="schema")
+    weighbridge_version: str
+    run_id: str
+    created_at: str
+    endpoint: Endpoint
+    policy: Policy
+    reference: BundleIdentity | None
+    reference_path: str | None
+    pool: PoolIdentity | None
+    draw: Draw
+    capability_requests: list[PlannedRequest]
+    probe_requests: list[PlannedRequest]
+    estimate: Estimate
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+# -- exchanges -------------------------------------------------------------------------------------------------
+
+FailureCode = Literal[
+    "unknown_host", "refused", "tls", "timeout", "connection_lost", "too_large", "bad_encoding", "interrupted",
+]  # fmt: skip
+
+
+class Sent(Record):
+    """An attempt that is about to be sent; written and synced before it is."""
+
+    event: Literal["sent"] = "sent"
+    request_id: str
+    attempt: int
+    sent_at: str
+    body: dict[str, Any]
+
+
+class Received(Record):
+    """What came back from an attempt, as received; written and synced before anything else happens."""
+
+    event: Literal["received"] = "received"
+    request_id: str
+    attempt: int
+    status: int | None
+    headers: dict[str, str]
+    body_base64: str | None = Field(default=None, description="the body where it is not UTF-8 text")
+    body_text: str | None = Field(default=None, description="the body where it is UTF-8 text")
+    body_sha256: str | None = Field(default=None, description="of the decoded body before redaction")
+    redacted: bool = False
+    failure: FailureCode | None = None
+    failure_detail: str | None = None
+    first_byte_s: Finite | None = None
+    latency_s: Finite
+
+
+class Exchange(Record):
+    """One attempt of one request and what came back."""
+
+    sent: Sent
+    received: Received
+
+
+# -- observations ----------------------------------------------------------------------------------------------
+
+
+class TopToken(Record):
+    """One entry of a top-k list."""
+
+    bytes_hex: str
+    logprob_nats: Finite
+
+
+class Observation(Record):
+    """The flat facts read from the last attempt of one request."""
+
+    schema_: Literal["weighbridge/observation/1"] = Field(default="weighbridge/observation/1", alias="schema")
+    request_id: str
+    probe_id: str
+    answered: bool
+    fault: str | None = Field(default=None, description="why there is no answer, or no logprobs, in one word")
+    fault_detail: str | None = None
+    status: int | None = None
+    attempts: int
+    latency_s: Finite
+    model_named: str | None = None
+    provider_named: str | None = None
+    fingerprint: str | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    top: list[TopToken] | None = None
+    quirks: list[str] = Field(default_factory=list)
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Capability(Record):
+    """What the endpoint exposes and what its logprobs mean."""
+
+    reachable: bool
+    refused: str | None = Field(default=None, description="why no request can be answered, in one line")
+    top_logprobs: int = Field(description="how many logprobs a position carries; 0 for none")
+    temperature_regime: Literal["before_temperature", "after_temperature", "other", "unknown"]
+    temperature_slope: Finite | None = Field(
+        default=None, description="slope of gaps at temperature 2 on gaps at temperature 1"
+    )
+    usage_reported: bool
+    model_named: str | None = None
+    fingerprint: str | None = None
+    quirks: list[str] = Field(default_factory=list)
+
+
+# -- findings and verdict --------------------------------------------------------------------------------------
+
+
+class Effect(Record):
+    """An effect size with its interval."""
+
+    name: str
+    value: Finite
+    low: Finite | None = None
+    high: Finite | None = None
+    unit: str
+    confidence: Finite | None = None
+
+
+class Finding(Record):
+    """What one check concludes."""
+
+    check: str
+    version: int = 1
+    axis: Axis
+    outcome: Outcome
+    cause: Cause | None = None
+    exact_variant: str | None = None
+    summary: str
+    effects: list[Effect] = Field(default_factory=list)
+    log10_e_value: Finite | None = Field(default=None, description="evidence against the honest library")
+    answers_used: int = 0
+    not_excluded: list[str] = Field(default_factory=list)
+    excluded: list[str] = Field(default_factory=list)
+    details: dict[str, Any] = Field(default_factory=dict)
+    to_resolve: str | None = Field(default=None, description="what it would take to answer, where it is not answered")
+
+
+class Findings(Record):
+    """All findings of one judgement."""
+
+    schema_: Literal["weighbridge/findings/1"] = Field(default="weighbridge/findings/1", alias="schema")
+    weighbridge_version: str
+    capability: Capability
+    findings: list[Finding]
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Verdict(Record):
+    """What the findings together say under a policy."""
+
+    schema_: Literal["weighbridge/verdict/1"] = Field(default="weighbridge/verdict/1", alias="schema")
+    weighbridge_version: str
+    verdict: VerdictWord
+    cause: Cause | None
+    exact_variant: str | None
+    policy: str
+    axes: dict[Axis, Outcome]
+    not_excluded: list[str]
+    excluded: list[str]
+    sentence: str
+    error_rate: str
+    effective_noise_nats: Effect | None
+    answers_used: int
+    requests_sent: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: Finite | None
+    stopped_because: str
+    endpoint_refused: bool
+    observations_sha256: str
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+# -- reading ---------------------------------------------------------------------------------------------------
+
+
+def read_toml(kind: type[AnyRecord], path: Path) -> AnyRecord:
+    """Read a record from a TOML file.
+
+    Raises
+    ------
+    ConfigurationError
+        If the file is missing, is not TOML, or a field is unknown, missing or wrong: one line that names the
+        file, the field and the remedy.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(f"there is no file {path}", "Check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error})", "Check the file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}", "Correct that line") from None
+    return checked(kind, table, str(path))
+
+
+def checked(kind: type[AnyRecord], value: object, where: str) -> AnyRecord:
+    """Validate a value as a record; `where` names its origin in the error.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the first field that is wrong.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the table"
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(sorted((f.alias or n) for n, f in kind.model_fields.items()))
+            raise ConfigurationError(
+                f"{where}: unknown field {field}", f"Remove it; {kind.__name__.lower()} knows: {known}"
+            ) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"{where}: field {field}: {message}", "Correct it and run again") from None

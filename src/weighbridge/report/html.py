@@ -1,0 +1,54 @@
+"""report.html: one self-contained page without JavaScript."""
+
+from pathlib import Path
+
+import jinja2
+
+from weighbridge.canonical import write_atomically
+from weighbridge.paths import data_path
+from weighbridge.report.document import Report
+from weighbridge.report.plots import course_plot, direction_plot, scale_plot
+
+MARKS = {
+    "consistent": "✓", "inconsistent": "≠", "inconclusive": "?", "not_supported": "–", "not_applicable": "–", "error": "!",
+    "differs": "≠", "differs_replicated": "≠",
+}  # fmt: skip
+WORDS = {
+    "consistent": "Consistent", "differs": "Differs", "differs_replicated": "Differs, replicated", "inconclusive": "Not verified",
+}  # fmt: skip
+QUESTIONS = {
+    "route": "Who answered?", "prompt": "Is the prompt ours?", "sampling": "Is the sampling ours?",
+    "weights": "Are the weights the weights?", "share": "For all requests?", "service": "Does it serve well?",
+}  # fmt: skip
+
+
+def write_html(folder: Path, report: Report) -> None:
+    """Write report.html. Everything that an endpoint or a bundle said is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(data_path("report/templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    details = next((f.details for f in report.findings.findings if f.axis == "weights"), {})
+    pictures = {}
+    if "ladder" in details:
+        pictures = {
+            "scale": scale_plot(details),
+            "direction": direction_plot(details),
+            "course": course_plot(
+                details, 3.0 if report.policy.differs_e_value == 1000 else _log10(report.policy.differs_e_value)
+            ),
+        }
+    page = environment.get_template("report.html").render(
+        report=report, verdict=report.verdict, findings=report.findings.findings, capability=report.findings.capability,
+        details=details, pictures=pictures, marks=MARKS, words=WORDS, questions=QUESTIONS,
+    )  # fmt: skip
+    write_atomically(folder / "report.html", page.encode())
+
+
+def _log10(value: float) -> float:
+    import math
+
+    return math.log10(value)

@@ -1,0 +1,39 @@
+"""The summary that a person reads in a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from weighbridge.report.document import Report
+from weighbridge.report.html import MARKS, QUESTIONS, WORDS
+
+
+def print_summary(console: Console, report: Report, folder: str) -> None:
+    """Print verdict, findings, cost and where the report is."""
+    verdict = report.verdict
+    style = {"consistent": "bold green", "differs": "bold red", "differs_replicated": "bold red"}.get(
+        verdict.verdict, "bold yellow"
+    )
+    console.print(
+        Text(f"{MARKS[verdict.verdict]} {WORDS[verdict.verdict]}", style).append(f"  {report.endpoint.name}", "default")
+    )
+    console.print(Text(verdict.sentence))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("question", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    table.add_column("what was found")
+    for finding in report.findings.findings:
+        table.add_row(
+            Text(QUESTIONS[finding.axis]),
+            Text(f"{MARKS[finding.outcome]} {finding.outcome.replace('_', ' ')}"),
+            Text(finding.summary),
+        )
+    console.print(table)
+    cost = f", {verdict.cost_usd:.6f} USD" if verdict.cost_usd is not None else ""
+    console.print(
+        Text(
+            f"{verdict.requests_sent} requests, {verdict.prompt_tokens} prompt tokens{cost}; stopped: {verdict.stopped_because.replace('_', ' ')}",
+            "dim",
+        )
+    )
+    console.print(Text(f"report: {folder}/report.html", "dim"))

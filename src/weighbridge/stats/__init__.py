@@ -1,0 +1,1 @@
+"""The mathematics: arrays in, arrays out; numpy and scipy only; no input or output."""
