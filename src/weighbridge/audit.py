@@ -1,6 +1,7 @@
 """One audit, from plan to verdict: collect until the question is answered, then judge what was collected."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from weighbridge.capability import (
 )
 from weighbridge.collect import Budget, Collector, WaitTooLongError
 from weighbridge.dialects import DIALECTS
-from weighbridge.errors import BundleError, RunFolderError
+from weighbridge.errors import BundleError
 from weighbridge.judge.library import Library, build_library
 from weighbridge.judge.verdict import is_decided, judge, open_case
 from weighbridge.judge.weights import MIN_TOP_LOGPROBS
@@ -22,13 +23,13 @@ from weighbridge.observe import observe
 from weighbridge.plan import worst_case_prompt_tokens
 from weighbridge.records import Capability, Endpoint, Exchange, Findings, Observation, Plan, PlannedRequest, Verdict
 from weighbridge.reference.bundle import Bundle, load_bundle
-from weighbridge.store import ExchangeLog, RunFolder, Stopped
+from weighbridge.store import RunFolder, Stopped
 from weighbridge.transport import Transport
 
 COUNTED_WITHOUT_LOGPROBS = 10  # probes that are sent for their token counts alone
 MOST_FAILURES_IN_A_ROW = 3
 _REFUSALS = frozenset({"http_401", "http_402", "http_403", "http_404", "redirect", "unknown_host", "tls"})
-FINAL_REASONS = frozenset({"decided", "probes_used_up", "level_not_supported", "refused"})
+FINAL_REASONS = frozenset({"decided", "probes_used_up", "level_not_supported"})
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ class Auditor:
         self._seen: dict[str, Observation] = {}
         self._budget = Budget(endpoint.limits, endpoint.price)
         for request in [*plan.capability_requests, *plan.probe_requests]:
-            for _ in self._attempts.get(request.request_id, []):
-                self._budget.spend(worst_case_prompt_tokens(request.probe))
-            self._note(request)
+            attempts = self._attempts.get(request.request_id, [])
+            for _ in attempts:
+                self._budget.reserve(worst_case_prompt_tokens(request.probe))
+            # What was not answered, or was cut off by a crash, is asked again; what was answered never is.
+            if attempts and self._dialect.observe(request.probe.id, attempts).answered:
+                self._note(request)
 
     async def run(self) -> str:
         """Collect until decided; returns why it stopped."""
@@ -142,15 +146,17 @@ class Auditor:
         attempts, refusal = await collector.send(
             request.request_id, self._dialect.path, body, worst_case_prompt_tokens(request.probe), earlier
         )
-        self._attempts[request.request_id] = attempts
-        self._note(request)
+        if attempts:
+            self._attempts[request.request_id] = attempts
+            self._note(request)
         return refusal
 
     def _note(self, request: PlannedRequest) -> None:
-        attempts = self._attempts.get(request.request_id)
-        # An attempt that a crash cut off says nothing about the endpoint: the request is asked again.
-        if attempts and attempts[-1].received.failure != "interrupted":
-            self._seen[request.request_id] = self._dialect.observe(request.probe.id, attempts)
+        observation = self._dialect.observe(request.probe.id, self._attempts[request.request_id])
+        self._seen[request.request_id] = observation
+        if observation.prompt_tokens is not None:
+            reserved = worst_case_prompt_tokens(request.probe)
+            self._budget.settle(reserved, observation.prompt_tokens, observation.completion_tokens or 1)
 
     def _decided(self, capability: Capability) -> bool:
         answers = [self._seen[r.request_id] for r in self._plan.probe_requests if r.request_id in self._seen]
@@ -161,8 +167,8 @@ class Auditor:
                 stage="probes" if answers else "capability",
                 requests=self._budget.requests,
                 planned=self._plan.estimate.requests,
-                log10_e_value=float(evidence.log_total[-1]) / 2.302585 if evidence is not None else None,
-                noise_nats=None if evidence is None else float(2.718281828 ** evidence.log_scales.mean()),
+                log10_e_value=None if evidence is None else float(evidence.log_total[-1]) / math.log(10),
+                noise_nats=None if evidence is None else math.exp(evidence.log_scales.mean()),
             )
         )
         return is_decided(case)
@@ -238,8 +244,3 @@ def exit_code(verdict: Verdict, fail_on: str) -> int:
     if verdict.stopped_because in ("budget_requests", "budget_cost"):
         return 5
     return {"never": 0, "inconclusive": 1}.get(fail_on, 3)
-
-
-__all__ = [
-    "Auditor", "ExchangeLog", "Progress", "RunFolderError", "bundle_of", "collect_run", "exit_code", "judge_run",
-]  # fmt: skip

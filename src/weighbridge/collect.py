@@ -28,7 +28,11 @@ _TRANSIENT_FAILURE = frozenset({"refused", "timeout", "connection_lost", "interr
 
 @dataclass
 class Budget:
-    """Requests and money that may still be spent. The worst case is reserved before a request is sent."""
+    """Requests and money that may still be spent.
+
+    The worst case is reserved before a request is sent and, once an answer says how much it used, replaced by
+    that: the total never exceeds the limit unless the endpoint bills more than its own prices and counts.
+    """
 
     limits: Limits
     price: Price | None
@@ -39,15 +43,22 @@ class Budget:
         """Why one more request would break the budget, or None."""
         if self.requests >= self.limits.max_requests:
             return "budget_requests"
-        if self.limits.max_cost_usd is not None and self.price is not None:
-            if self.spent_usd + self.price.cost_usd(prompt_tokens, 1) > self.limits.max_cost_usd:
-                return "budget_cost"
+        most = self.limits.max_cost_usd
+        if most is not None and self.spent_usd + self._cost_usd(prompt_tokens, 1) > most:
+            return "budget_cost"
         return None
 
-    def spend(self, prompt_tokens: int) -> None:
+    def reserve(self, prompt_tokens: int) -> None:
         """Take one request's worst case off the budget."""
         self.requests += 1
-        self.spent_usd += self.price.cost_usd(prompt_tokens, 1) if self.price else 0.0
+        self.spent_usd += self._cost_usd(prompt_tokens, 1)
+
+    def settle(self, reserved_prompt_tokens: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """Replace one reserved worst case by what was really used."""
+        self.spent_usd += self._cost_usd(prompt_tokens, completion_tokens) - self._cost_usd(reserved_prompt_tokens, 1)
+
+    def _cost_usd(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return self.price.cost_usd(prompt_tokens, completion_tokens) if self.price is not None else 0.0
 
 
 class WaitTooLongError(Exception):
@@ -108,7 +119,7 @@ class Collector:
             refusal = self._budget.refuses(prompt_tokens)
             if refusal is not None:
                 return attempts, refusal
-            self._budget.spend(prompt_tokens)
+            self._budget.reserve(prompt_tokens)
             await self._pace()
             sent = Sent(
                 request_id=request_id,
@@ -154,7 +165,7 @@ def _wait_s(received: Received, tried: int) -> float:
             return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
         except (ValueError, TypeError):
             pass
-    return FIRST_WAIT_S * 2 ** (tried - 1) * random.uniform(1, 1.5)  # noqa: S311 - jitter
+    return FIRST_WAIT_S * 2.0 ** (tried - 1) * random.uniform(1, 1.5)  # noqa: S311 - jitter
 
 
 def _received(sent: Sent, reply: Reply, key: Key | None) -> Received:

@@ -55,7 +55,7 @@ class OpenAIChat:
             else base64.b64decode(last.body_base64 or "").decode("utf-8", "replace")
         )
         if last.status is not None and 300 <= last.status < 400:
-            where = last.headers.get("location", "nowhere")[:_MAX_TEXT]
+            where = _text(last.headers.get("location", "nowhere"))
             return Observation(
                 **facts,
                 answered=False,
@@ -64,7 +64,7 @@ class OpenAIChat:
             )
         document, fault = _parse(raw)
         if last.status != 200:
-            detail = _error_message(document) or raw.strip()[:_MAX_TEXT] or "no explanation"
+            detail = _error_message(document) or _text(raw.strip()) or "no explanation"
             return Observation(**facts, answered=False, fault=f"http_{last.status}", fault_detail=detail)
         if fault is not None:
             return Observation(
@@ -98,11 +98,14 @@ def _error_message(document: Any) -> str | None:
     error = document.get("error") if isinstance(document, dict) else None
     if isinstance(error, dict):
         error = error.get("message") or error.get("code")
-    return str(error)[:_MAX_TEXT] if error else None
+    return _text(str(error)) if error else None
 
 
 def _text(value: Any) -> str | None:
-    return value[:_MAX_TEXT] if isinstance(value, str) else None
+    """A string as it may be shown: bounded, and without control characters that would steer a terminal."""
+    if not isinstance(value, str):
+        return None
+    return "".join(c if c.isprintable() else "\ufffd" for c in value[:_MAX_TEXT])
 
 
 def _count(value: Any) -> int | None:

@@ -6,8 +6,7 @@ import numpy as np
 
 from weighbridge.judge.case import Case
 from weighbridge.judge.sizes import WeightEvidence
-from weighbridge.records import Effect, Finding, Policy
-from weighbridge.reference.bundle import StackRecord
+from weighbridge.records import Cause, Effect, Finding, Policy
 from weighbridge.stats.evidence import first_crossing
 from weighbridge.stats.residuals import mean_interval, scale_interval
 
@@ -44,7 +43,7 @@ def is_consistent(evidence: WeightEvidence, policy: Policy) -> bool:
     )
 
 
-def nearest(evidence: WeightEvidence, variants: list[StackRecord], policy: Policy) -> tuple[int, bool, bool]:
+def nearest(evidence: WeightEvidence, policy: Policy) -> tuple[int, bool, bool]:
     """The variant with the largest mean cosine; whether it is exactly named; whether its family is."""
     means = np.nanmean(evidence.cosines, axis=1)
     best = int(np.argmax(means))
@@ -121,7 +120,7 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
         "details": _details(case, evidence, noise, low, high),
     }
     if differs_after(evidence, policy) is not None:
-        best, exact, family = nearest(evidence, library.variants, policy)
+        best, exact, family = nearest(evidence, policy)
         variant = library.variants[best]
         cosine, cosine_low, cosine_high = mean_interval(
             evidence.cosines[best][np.isfinite(evidence.cosines[best])], CONFIDENCE
@@ -137,17 +136,20 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
             )
         )
         nearby = f"the residual points at {variant.id} (cosine {cosine:.2f})"
+        cause: Cause | None
         if honest_looking_share(evidence, policy) >= HONEST_LOOKING_SHARE:
             cause, text = "partial_routing", "some answers are the reference's and some are not; " + nearby
         elif exact:
-            cause, text = str(variant.departure), f"{nearby} and nothing else is left: {variant.description}"
+            cause, text = variant.departure, f"{nearby} and nothing else is left: {variant.description}"
         elif family:
-            cause, text = str(variant.departure), f"{nearby}, but not only at it"
+            cause, text = variant.departure, f"{nearby}, but not only at it"
         else:
             cause, text = (
                 "none_of_these",
                 f"it points at none of the {len(library.variants)} recorded variants (largest cosine {cosine:.2f}, {variant.id})",
             )
+        # What is served is known to be something else, so there is nothing left to exclude.
+        common |= {"excluded": [], "not_excluded": []}
         return Finding(
             **common, effects=effects, outcome="inconsistent", cause=cause, exact_variant=variant.id if exact and cause != "partial_routing" else None,
             summary=f"The logprobs differ from every honest stack by {noise:.3g} nats (95 % interval {low:.3g} to {high:.3g}); {text}",

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from weighbridge.records import Cause
+
 DEFAULT_SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 HIDDEN_SYSTEM_PROMPT = "Answer politely. Do not discuss competitors of Example Hosting."
 
@@ -60,7 +62,7 @@ class Variant:
 
     name: str
     description: str
-    departure: str | None = None
+    departure: Cause | None = None
     weights: str = "f16"
     template: str | None = None
     settings: Settings = field(default_factory=Settings)
@@ -75,7 +77,7 @@ def _weights(name: str, description: str) -> Variant:
     return Variant(name, description, "precision", weights=name)
 
 
-def _template(name: str, description: str, template: str, departure: str = "template") -> Variant:
+def _template(name: str, description: str, template: str, departure: Cause = "template") -> Variant:
     return Variant(name, description, departure, template=template)
 
 

