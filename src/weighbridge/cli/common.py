@@ -25,6 +25,7 @@ from weighbridge.report.terminal import print_summary
 from weighbridge.store import RunFolder
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+LINES_EVERY_REQUESTS = 10
 talk = Console(stderr=True)
 
 _ENDPOINT_OPTIONS = (
@@ -102,9 +103,21 @@ def new_run_folder(endpoint: Endpoint) -> Path:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[AuditProgress], None]]:
-    """Show progress on stderr: a moving line in a terminal, nothing otherwise."""
+    """Show progress on stderr: a moving line in a terminal, a line now and then elsewhere."""
+
+    def state(progress: AuditProgress) -> str:
+        text = f"{progress.requests} of at most {progress.planned} requests"
+        if progress.log10_e_value is not None and progress.noise_nats is not None:
+            text += f", noise {progress.noise_nats:.3f} nats, evidence 10^{progress.log10_e_value:.1f}"
+        return text
+
     if not sys.stderr.isatty():
-        yield lambda _: None
+
+        def tell(progress: AuditProgress) -> None:
+            if progress.requests % LINES_EVERY_REQUESTS == 0:
+                talk.print(f"{label}: {state(progress)}", markup=False, highlight=False)
+
+        yield tell
         return
     columns = (
         SpinnerColumn(),
@@ -115,14 +128,9 @@ def progress_bar(label: str) -> Iterator[Callable[[AuditProgress], None]]:
     )
     with Progress(*columns, console=talk, transient=True) as bar:
         task = bar.add_task(label, total=None, state="")
-
-        def show(progress: AuditProgress) -> None:
-            state = f"{progress.requests} of at most {progress.planned} requests"
-            if progress.log10_e_value is not None and progress.noise_nats is not None:
-                state += f", noise {progress.noise_nats:.3f} nats, evidence 10^{progress.log10_e_value:.1f}"
-            bar.update(task, completed=progress.requests, total=progress.planned, state=state)
-
-        yield show
+        yield lambda progress: bar.update(
+            task, completed=progress.requests, total=progress.planned, state=state(progress)
+        )
 
 
 def judge_and_report(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings, Verdict]:

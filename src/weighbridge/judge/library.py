@@ -22,6 +22,10 @@ class Library:
         The usable probes; columns of the arrays below.
     honest, variants : list of StackRecord
         The stacks that the policy accepts (without the reference itself), and all others.
+    reference_nats : float array, shape (probes, top-K)
+        The reference's logprobs.
+    variant_differences_nats : float array, shape (variants, probes, top-K)
+        Each variant's logprobs less the reference's.
     honest_log_scales, variant_log_scales : float array, shape (stacks, probes)
         x = log s of each stack against the reference.
     null_log_scales : float array, shape (honest stacks, probes)
@@ -35,9 +39,10 @@ class Library:
     bundle: Bundle
     top_k: int
     probe_ids: list[str]
-    probe_rows: NDArray[np.int64]
     honest: list[StackRecord]
     variants: list[StackRecord]
+    reference_nats: Floats
+    variant_differences_nats: Floats
     honest_log_scales: Floats
     variant_log_scales: Floats
     null_log_scales: Floats
@@ -65,8 +70,7 @@ def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
         out = np.empty((len(stacks), len(rows)))
         for i, stack in enumerate(stacks):
             columns, values = own_top(stack)
-            for j in range(len(rows)):
-                out[i, j] = log_scale(centred_difference(values[j], reference_rows[j, columns[j]]))
+            out[i] = log_scale(centred_difference(values, np.take_along_axis(reference_rows, columns, axis=1)))
         return out
 
     honest_scales, variant_scales = log_scales(honest), log_scales(variants)
@@ -74,29 +78,29 @@ def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
     targets = np.maximum(means + np.log(policy.stack_margin), np.log(policy.null_scale_floor_nats))
     null = honest_scales - means + targets
 
+    order = [bundle.stack_index[variant.id] for variant in variants]
+    differences = bundle.logprobs_nats[order].astype(np.float64)[:, rows] - reference_rows
     cosines: dict[str, float] = {}
-    for variant in variants:
-        recorded = bundle.logprobs_nats[bundle.stack_index[variant.id]].astype(np.float64)[rows] - reference_rows
+    for variant, recorded in zip(variants, differences, strict=True):
         worst = 0.0
         for stack in honest:
             columns, values = own_top(stack)
-            found = [
-                direction_cosine(
-                    centred_difference(values[j], reference_rows[j, columns[j]]),
-                    recorded[j, columns[j]],
-                    reference_rows[j, columns[j]],
-                )
-                for j in range(len(rows))
-            ]
+            reference_values = np.take_along_axis(reference_rows, columns, axis=1)
+            found = direction_cosine(
+                centred_difference(values, reference_values),
+                np.take_along_axis(recorded, columns, axis=1),
+                reference_values,
+            )
             worst = max(worst, float(np.nanmean(found)))
         cosines[variant.id] = max(policy.direction_floor_cosine, worst + policy.direction_margin_cosine)
     return Library(
         bundle=bundle,
         top_k=top_k,
         probe_ids=probe_ids,
-        probe_rows=rows,
         honest=honest,
         variants=variants,
+        reference_nats=reference_rows,
+        variant_differences_nats=differences,
         honest_log_scales=honest_scales,
         variant_log_scales=variant_scales,
         null_log_scales=null,
@@ -138,27 +142,25 @@ def residuals(library: Library, observations: list[Observation]) -> Residuals:
     column_of = {probe_id: i for i, probe_id in enumerate(library.probe_ids)}
     usable = [o for o in observations if o.top is not None and o.probe_id in column_of]
     n = len(usable)
-    reference = bundle.logprobs_nats[bundle.stack_index[bundle.manifest.reference_stack]].astype(np.float64)
-    recorded = [bundle.logprobs_nats[bundle.stack_index[v.id]].astype(np.float64) for v in library.variants]
     endpoint_nats = np.full((n, k), np.nan)
     reference_nats = np.full((n, k), np.nan)
-    variant_nats = np.full((len(recorded), n, k), np.nan)
+    variant_nats = np.full((len(library.variants), n, k), np.nan)
     listed = np.zeros(n)
     agrees = np.zeros(n, np.bool_)
     for i, observation in enumerate(usable):
         assert observation.top is not None
-        row = bundle.probe_index[observation.probe_id]
+        row = column_of[observation.probe_id]
         top = observation.top[:k]
-        columns_of_token = bundle.columns_of_probe(row)
+        columns_of_token = bundle.columns_of_probe(bundle.probe_index[observation.probe_id])
         columns = np.array([columns_of_token.get(t.bytes_hex, -1) for t in top], np.int64)
         values = np.array([t.logprob_nats for t in top], np.float64)
-        endpoint_nats[i, : len(top)] = values
-        reference_nats[i, : len(top)] = reference_at(columns, values, reference[row])
         known = columns >= 0
-        for v, array in enumerate(recorded):
-            variant_nats[v, i, : len(top)][known] = (array[row] - reference[row])[columns[known]]
+        endpoint_nats[i, : len(top)] = values
+        reference_nats[i, : len(top)] = reference_at(columns, values, library.reference_nats[row])
+        variant_nats[:, i, : len(top)] = np.where(known, library.variant_differences_nats[:, row, columns], np.nan)
         listed[i] = known.mean()
-        agrees[i] = columns[0] == int(np.nanargmax(reference[row]))
+        # A reference row is ordered: its most likely token stands first.
+        agrees[i] = columns[0] == 0
     return Residuals(
         np.array([column_of[o.probe_id] for o in usable], np.int64),
         endpoint_nats,

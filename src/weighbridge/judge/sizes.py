@@ -62,21 +62,15 @@ class WeightEvidence:
 def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvidence:
     """Compute the evidence of all answers so far."""
     n, variants = residuals.endpoint_nats.shape[0], len(library.variants)
-    centred = [centred_difference(e, r) for e, r in zip(residuals.endpoint_nats, residuals.reference_nats, strict=True)]
-    log_scales = np.array([log_scale(r) for r in centred])
+    centred = centred_difference(residuals.endpoint_nats, residuals.reference_nats)
+    log_scales = log_scale(centred)
     log_size = _size_process(library, log_scales, residuals.probe_columns, policy)
-
-    cosines = np.full((variants, n), np.nan)
-    log_remainder = np.zeros((variants, n))
-    for v in range(variants):
-        left = np.full(n, np.nan)
-        for i in range(n):
-            difference = residuals.variant_nats[v, i]
-            cosines[v, i] = direction_cosine(centred[i], difference, residuals.reference_nats[i])
-            left[i] = log_scale(
-                centred_difference(residuals.endpoint_nats[i], residuals.reference_nats[i] + difference)
-            )
-        log_remainder[v] = _size_process(library, left, residuals.probe_columns, policy)
+    cosines = direction_cosine(centred[None], residuals.variant_nats, residuals.reference_nats[None])
+    left = log_scale(
+        centred_difference(residuals.endpoint_nats[None], residuals.reference_nats[None] + residuals.variant_nats)
+    )
+    log_remainder = np.array([_size_process(library, row, residuals.probe_columns, policy) for row in left])
+    log_remainder = log_remainder.reshape(variants, n)
 
     pool_scales = np.exp(np.nanmean(library.variant_log_scales, axis=1)) if variants else np.zeros(0)
     null_scale = float(np.exp(library.null_mean))

@@ -135,6 +135,15 @@ class Bundle:
 
     def columns_of_probe(self, row: int) -> dict[str, int]:
         """Column of each token (its bytes in hexadecimal digits); bytes that two tokens share are left out."""
+        if row not in self._columns:
+            self._columns[row] = self._find_columns(row)
+        return self._columns[row]
+
+    @cached_property
+    def _columns(self) -> dict[int, dict[str, int]]:
+        return {}
+
+    def _find_columns(self, row: int) -> dict[str, int]:
         columns: dict[str, int] = {}
         shared: set[str] = set()
         for column, token_id in enumerate(self.token_ids[row].tolist()):

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _INK, _SOFT, _ENDPOINT, _HONEST = "#1d2733", "#66717e", "#9b2d1f", "#d5e6dc"
 _STYLE: dict[Any, Any] = {
@@ -46,7 +47,7 @@ def scale_plot(details: dict[str, Any]) -> str:
         axes.set_xscale("log")
         lowest = min([endpoint["low"], *(row["p05_nats"] for row in ladder)])
         axes.set_xlim(lowest / 1.5, max([endpoint["high"], *(row["p95_nats"] for row in ladder)]) * 1.5)
-        axes.set_xlabel("distance from the reference, nats (log scale); shaded: allowed to honest stacks")
+        axes.set_xlabel("distance from the reference, nats (log scale)")
 
     return _svg(
         paint,
@@ -74,7 +75,7 @@ def direction_plot(details: dict[str, Any]) -> str:
         axes.axvline(0, color=_SOFT, linewidth=0.6)
         axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
         axes.set_xlim(-1, 1.05)
-        axes.set_xlabel("cosine of this endpoint's residual with the variant's; 1: the same departure; shaded: honest")
+        axes.set_xlabel("cosine of this endpoint's residual with the variant's")
 
     return _svg(
         paint,
@@ -104,6 +105,7 @@ def course_plot(details: dict[str, Any], threshold: float) -> str:
         axes.plot(
             answers, [max(row["log10_e"], -6) for row in course], color=_INK, linewidth=2, marker=".", label="together"
         )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("answers with logprobs")
         axes.set_ylabel("log10 of the evidence (e-value)")
         axes.legend(frameon=False, loc="best")
@@ -113,7 +115,7 @@ def course_plot(details: dict[str, Any], threshold: float) -> str:
 
 def _svg(paint: Callable[[Axes], None], *, height: float, title: str) -> str:
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
+        figure = Figure(figsize=(5.6, height), layout="constrained")
         paint(figure.add_subplot())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": title})

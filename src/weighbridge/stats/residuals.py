@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
+_TINY = 1e-12
 SMALLEST_SCALE_NATS = 1e-4  # below the resolution of float32 logprobs: smaller scales count as this one
 
 
@@ -40,27 +41,42 @@ def reference_at(columns: NDArray[np.int64], endpoint_nats: Floats, reference_ro
 def centred_difference(endpoint_nats: Floats, reference_nats: Floats) -> Floats:
     """The residual r: endpoint minus reference, centred over the tokens where both are known.
 
+    Parameters
+    ----------
+    endpoint_nats, reference_nats : float array, shape (..., k)
+
     Returns
     -------
-    float array, shape (k,)
-        NaN where either is NaN; all NaN where fewer than three tokens are known.
+    float array, shape (..., k)
+        NaN where either is NaN; a position with fewer than three known tokens is all NaN.
     """
     difference = endpoint_nats - reference_nats
     known = np.isfinite(difference)
-    if known.sum() < 3:
-        return np.full_like(difference, np.nan)
-    return np.asarray(difference - difference[known].mean())
+    count = known.sum(axis=-1, keepdims=True)
+    mean = np.where(known, difference, 0.0).sum(axis=-1, keepdims=True) / np.maximum(count, 1)
+    return np.where(known & (count >= 3), difference - mean, np.nan)
 
 
-def log_scale(residual_nats: Floats) -> float:
-    """X = log s, the log of a residual's root mean square; NaN where no token is known."""
-    known = residual_nats[np.isfinite(residual_nats)]
-    if known.size == 0:
-        return float("nan")
-    return float(np.log(max(np.sqrt(np.mean(known**2)), SMALLEST_SCALE_NATS)))
+def log_scale(residual_nats: Floats) -> Floats:
+    """Give x = log s, the log of each residual's root mean square.
+
+    Parameters
+    ----------
+    residual_nats : float array, shape (..., k)
+
+    Returns
+    -------
+    float array, shape (...)
+        NaN where no token is known.
+    """
+    known = np.isfinite(residual_nats)
+    count = known.sum(axis=-1)
+    square = np.where(known, residual_nats**2, 0.0).sum(axis=-1) / np.maximum(count, 1)
+    scale = np.log(np.maximum(np.sqrt(square), SMALLEST_SCALE_NATS))
+    return np.asarray(np.where(count > 0, scale, np.nan))
 
 
-def direction_cosine(residual_nats: Floats, variant_nats: Floats, reference_nats: Floats) -> float:
+def direction_cosine(residual_nats: Floats, variant_nats: Floats, reference_nats: Floats) -> Floats:
     """Cosine between a residual and a variant's residual, both freed of the reference's own shape.
 
     Anything that flattens or sharpens a distribution has a residual along the centred reference logprobs; two
@@ -68,25 +84,33 @@ def direction_cosine(residual_nats: Floats, variant_nats: Floats, reference_nats
 
     Parameters
     ----------
-    residual_nats, variant_nats, reference_nats : float array, shape (k,)
+    residual_nats, variant_nats, reference_nats : float array, shape (..., k)
         The endpoint's residual, the variant's residual at the same tokens, the reference's logprobs there.
 
     Returns
     -------
-    float
-        NaN where fewer than four tokens are known.
+    float array, shape (...)
+        NaN where fewer than four tokens are known; 0 where nothing is left of either residual.
     """
     known = np.isfinite(residual_nats) & np.isfinite(variant_nats) & np.isfinite(reference_nats)
-    if known.sum() < 4:
-        return float("nan")
-    shape = reference_nats[known] - reference_nats[known].mean()
-    shape /= max(float(np.linalg.norm(shape)), 1e-12)
-    freed = []
-    for values in (residual_nats[known], variant_nats[known]):
-        centred = values - values.mean()
-        freed.append(centred - (centred @ shape) * shape)
-    norms = float(np.linalg.norm(freed[0]) * np.linalg.norm(freed[1]))
-    return float(freed[0] @ freed[1] / norms) if norms > 1e-12 else 0.0
+    count = known.sum(axis=-1)
+
+    def centred(values: Floats) -> Floats:
+        zeroed = np.where(known, values, 0.0)
+        mean = zeroed.sum(axis=-1, keepdims=True) / np.maximum(count, 1)[..., None]
+        return np.where(known, zeroed - mean, 0.0)
+
+    shape = centred(reference_nats)
+    shape = shape / np.maximum(np.linalg.norm(shape, axis=-1, keepdims=True), _TINY)
+
+    def freed(values: Floats) -> Floats:
+        plain = centred(values)
+        return np.asarray(plain - (plain * shape).sum(axis=-1, keepdims=True) * shape)
+
+    one, other = freed(residual_nats), freed(variant_nats)
+    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    cosine = np.where(norms > _TINY, (one * other).sum(axis=-1) / np.maximum(norms, _TINY), 0.0)
+    return np.asarray(np.where(count >= 4, np.clip(cosine, -1.0, 1.0), np.nan))
 
 
 def scale_interval(log_scales: Floats, confidence: float) -> tuple[float, float, float]:

@@ -1,0 +1,215 @@
+"""Audits of a real model behind a real server: what is said of honest endpoints and of named lies."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from weighbridge.audit import judge_run
+from weighbridge.cli import cli
+from weighbridge.lab.front import MODEL_NAME, Front, Lies
+from weighbridge.lab.llamacpp import LlamaServer
+from weighbridge.lab.provider import lab_backend
+from weighbridge.lab.variants import VARIANTS
+from weighbridge.paths import cache_folder
+from weighbridge.records import Verdict
+from weighbridge.reference.bundle import load_bundle
+from weighbridge.store import RunFolder
+
+REFERENCE = "smollm2-135m-instruct"
+pytestmark = pytest.mark.lab
+
+Backend = Callable[[str], LlamaServer]
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Backend]:
+    """Servers of the variants that tests ask for, each started once."""
+    with contextlib.ExitStack() as stack:
+        running: dict[str, LlamaServer] = {}
+
+        def get(name: str) -> LlamaServer:
+            if name not in running:
+                running[name] = stack.enter_context(lab_backend(VARIANTS[name], lambda _: None))
+            return running[name]
+
+        yield get
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State of its own for each test; the models stay in the user's cache."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "cache").symlink_to(cache_folder(), target_is_directory=True)
+    monkeypatch.setenv("WEIGHBRIDGE_HOME", str(home))
+
+
+def audit(front: Front, out: Path, *options: str) -> tuple[Result, Verdict]:
+    command = [
+        "audit",
+        "--base-url",
+        front.base_url,
+        "--model",
+        MODEL_NAME,
+        "--reference",
+        REFERENCE,
+        "--out",
+        str(out),
+        "--seed",
+        "tests",
+    ]
+    result = CliRunner().invoke(cli, [*command, "--max-requests", "40", *options], standalone_mode=False)
+    assert result.exception is None, result.output
+    return result, Verdict.model_validate(json.loads((out / "verdict.json").read_bytes()))
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16-busy"])
+def test_honest_stacks_are_consistent(name: str, backend: Backend, tmp_path: Path) -> None:
+    with Front(backend(name).port, Lies()) as front:
+        result, verdict = audit(front, tmp_path / "run")
+    assert result.return_value == 0
+    assert verdict.verdict == "consistent"
+    assert verdict.axes["prompt"] == "consistent"
+    assert verdict.axes["weights"] == "consistent"
+    assert "kv-q8_0" in verdict.not_excluded
+    assert "kv-q8_0" in verdict.sentence
+    assert "q8_0" in verdict.excluded
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [("q8_0", "precision"), ("q4_0", "precision"), ("depth-24", "other_model"), ("kv-q4_0", "kv_cache")],
+)
+def test_departures_are_named(name: str, cause: str, backend: Backend, tmp_path: Path) -> None:
+    with Front(backend(name).port, Lies()) as front:
+        result, verdict = audit(front, tmp_path / "run")
+    assert result.return_value == 1
+    assert (verdict.verdict, verdict.cause, verdict.exact_variant) == ("differs", cause, name)
+    assert verdict.axes["weights"] == "inconsistent"
+    assert verdict.axes["prompt"] == "consistent"
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("hidden-system", "hidden_prompt"),
+        ("no-default-system", "template"),
+        ("missing-bos", "template"),
+        ("no-generation-prompt", "template"),
+        ("llama3-template", "template"),
+        ("no-template", "template"),
+    ],
+)
+def test_wrong_prompts_are_named_and_weights_are_not_blamed(
+    name: str, cause: str, backend: Backend, tmp_path: Path
+) -> None:
+    with Front(backend(name).port, Lies()) as front:
+        _, verdict = audit(front, tmp_path / "run")
+    assert (verdict.verdict, verdict.cause) == ("differs", cause)
+    assert verdict.axes["prompt"] == "inconsistent"
+    assert verdict.axes["weights"] == "inconclusive"
+
+
+def test_a_wrong_token_count_alone_accuses_nobody(backend: Backend, tmp_path: Path) -> None:
+    with Front(backend("f16").port, Lies(usage_offset=17)) as front:
+        _, verdict = audit(front, tmp_path / "run")
+    assert verdict.verdict == "consistent"
+    assert verdict.axes["prompt"] == "consistent"
+    assert verdict.axes["service"] == "inconsistent"
+
+
+def test_a_wrong_token_count_without_logprobs_is_inconclusive(backend: Backend, tmp_path: Path) -> None:
+    with Front(backend("f16").port, Lies(usage_offset=17, max_top_logprobs=0)) as front:
+        result, verdict = audit(front, tmp_path / "run")
+    assert result.return_value == 3
+    assert verdict.axes["prompt"] == "inconclusive"
+    assert verdict.axes["weights"] == "not_supported"
+
+
+def test_no_logprobs_is_not_verified(backend: Backend, tmp_path: Path) -> None:
+    with Front(backend("q4_0").port, Lies(max_top_logprobs=0)) as front:
+        result, verdict = audit(front, tmp_path / "run")
+    assert result.return_value == 3
+    assert verdict.verdict == "inconclusive"
+    assert verdict.axes["weights"] == "not_supported"
+    assert verdict.axes["prompt"] == "consistent"
+    assert verdict.stopped_because == "level_not_supported"
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [
+        Lies(max_top_logprobs=5),
+        Lies(sentinels=True),
+        Lies(logprobs_after_temperature=True),
+        Lies(ignore_temperature=True),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(("name", "expected"), [("f16", "consistent"), ("q4_0", "differs")])
+def test_lies_about_logprobs_change_no_verdict(
+    name: str, expected: str, lies: Lies, backend: Backend, tmp_path: Path
+) -> None:
+    with Front(backend(name).port, lies) as front:
+        _, verdict = audit(front, tmp_path / "run")
+    assert verdict.verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("lies", "regime"),
+    [
+        (Lies(), "before_temperature"),
+        (Lies(logprobs_after_temperature=True), "after_temperature"),
+        (Lies(ignore_temperature=True), "before_temperature"),
+    ],
+    ids=repr,
+)
+def test_doctor_tells_what_logprobs_mean(lies: Lies, regime: str, backend: Backend) -> None:
+    with Front(backend("f16").port, lies) as front:
+        result = CliRunner().invoke(
+            cli, ["doctor", "--base-url", front.base_url, "--model", MODEL_NAME, "--json"], standalone_mode=False
+        )
+    assert result.return_value == 0
+    assert json.loads(result.stdout)["temperature_regime"] == regime
+
+
+def test_some_requests_elsewhere_is_not_called_consistent(backend: Backend, tmp_path: Path) -> None:
+    with Front(backend("f16").port, Lies(divert_share=0.5), diverted_port=backend("q4_0").port) as front:
+        _, verdict = audit(front, tmp_path / "run", "--max-requests", "100")
+    assert (verdict.verdict, verdict.cause) == ("differs", "partial_routing")
+    assert verdict.axes["share"] == "inconsistent"
+
+
+def test_without_a_reference_the_weights_are_not_supported(backend: Backend, tmp_path: Path) -> None:
+    with Front(backend("f16").port, Lies()) as front:
+        command = ["audit", "--base-url", front.base_url, "--model", MODEL_NAME, "--out", str(tmp_path / "run")]
+        result = CliRunner().invoke(cli, command, standalone_mode=False)
+    assert result.return_value == 3
+    assert "weighbridge reference build" in result.output.replace("\n", " ")
+
+
+def test_replay_gives_the_same_bytes_without_network_or_key(backend: Backend, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Front(backend("q4_0").port, Lies()) as front:
+        audit(front, run)
+    names = ("observations.jsonl", "findings.json", "verdict.json", "report.json", "report.html", "junit.xml")
+    before = {name: (run / name).read_bytes() for name in names}
+    for name in names:
+        (run / name).unlink()
+    # The front is gone: nothing could be asked even if something tried.
+    result = CliRunner().invoke(cli, ["replay", str(run)], standalone_mode=False)
+    assert result.return_value == 1
+    assert {name: (run / name).read_bytes() for name in names} == before
+
+
+def test_a_later_policy_can_judge_the_same_evidence(backend: Backend, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Front(backend("q8_0").port, Lies()) as front:
+        audit(front, run, "--policy", "int8-ok")
+    _, _, verdict = judge_run(RunFolder(run), load_bundle(REFERENCE))
+    assert verdict.policy == "int8-ok"
+    assert verdict.verdict != "differs"

@@ -1,0 +1,516 @@
+"""The mathematics: exact small cases, properties, and the error rates that the e-processes promise."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from weighbridge.judge.library import build_library
+from weighbridge.judge.policy import load_policy
+from weighbridge.judge.verdict import judge, open_case
+from weighbridge.plan import make_plan
+from weighbridge.records import (
+    Capability,
+    Endpoint,
+    Findings,
+    Message,
+    Observation,
+    PlannedRequest,
+    PoolIdentity,
+    Probe,
+    TopToken,
+    Verdict,
+)
+from weighbridge.reference.bundle import Bundle, HypothesisRecord, Manifest, StackRecord, WeightsSource
+from weighbridge.stats.evidence import (
+    bounded_mean_process,
+    bounded_score_process,
+    first_crossing,
+    mixture,
+    tilted_score,
+)
+from weighbridge.stats.residuals import (
+    SMALLEST_SCALE_NATS,
+    centred_difference,
+    direction_cosine,
+    log_scale,
+    mean_interval,
+    reference_at,
+    scale_interval,
+    share_upper_limit,
+)
+
+Floats = NDArray[np.float64]
+few = settings(derandomize=True, deadline=None, max_examples=60)
+NAN = float("nan")
+CAP, OUTLIER_SHARE, POOL, DRAWS = 20.0, 0.01, 200, 2000
+
+
+def floats(*values: float) -> Floats:
+    return np.array(values, np.float64)
+
+
+def reals(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False)
+
+
+# -- residuals -------------------------------------------------------------------------------------------------
+
+
+def test_the_centred_difference_is_endpoint_minus_reference_without_its_mean() -> None:
+    found = centred_difference(floats(-1, -2, -4), floats(-1, -3, -3))
+    np.testing.assert_allclose(found, [0, 1, -1])
+
+
+def test_the_centred_difference_leaves_out_what_is_unknown() -> None:
+    found = centred_difference(floats(-1, NAN, -2, -4, -5), floats(-1, -2, -3, -3, NAN))
+    np.testing.assert_allclose(found, [0, NAN, 1, -1, NAN])
+
+
+@pytest.mark.parametrize("known", [0, 1, 2])
+def test_a_centred_difference_needs_three_known_tokens(known: int) -> None:
+    reference = np.full(5, NAN)
+    reference[:known] = -1.0
+    assert np.isnan(centred_difference(np.full(5, -1.0), reference)).all()
+
+
+@given(st.lists(st.tuples(reals(-30, 0), reals(-30, 0)), min_size=3, max_size=20), reals(-20, 20))
+@few
+def test_the_centred_difference_does_not_feel_a_common_offset(pairs: list[tuple[float, float]], offset: float) -> None:
+    endpoint, reference = np.array(pairs).T
+    moved = centred_difference(endpoint + offset, reference)
+    np.testing.assert_allclose(moved, centred_difference(endpoint, reference), atol=1e-9)
+    assert abs(moved.mean()) < 1e-9
+
+
+def test_the_log_scale_is_the_log_of_the_root_mean_square() -> None:
+    assert log_scale(floats(3, -4, NAN, 0)) == pytest.approx(np.log(np.sqrt(25 / 3)))
+
+
+def test_the_log_scale_has_a_smallest_value() -> None:
+    assert log_scale(np.zeros(5)) == pytest.approx(np.log(SMALLEST_SCALE_NATS))
+
+
+@pytest.mark.parametrize("nothing", [np.zeros(0), np.full(4, NAN)])
+def test_the_log_scale_of_nothing_is_not_a_number(nothing: Floats) -> None:
+    assert np.isnan(log_scale(nothing))
+
+
+@pytest.mark.parametrize(
+    ("column", "endpoint_nats", "expected"),
+    [
+        pytest.param(1, -9.0, -2.0, id="listed"),
+        pytest.param(2, -1.0, NAN, id="listed-but-not-recorded"),
+        pytest.param(-1, -3.0, -5.0, id="unlisted-above-the-floor"),
+        pytest.param(-1, -6.0, NAN, id="unlisted-below-the-floor"),
+        pytest.param(-1, -5.0, NAN, id="unlisted-at-the-floor"),
+    ],
+)
+def test_reference_at(column: int, endpoint_nats: float, expected: float) -> None:
+    found = reference_at(np.array([column]), floats(endpoint_nats), floats(-1, -2, NAN, -5))
+    np.testing.assert_equal(found, [expected])
+
+
+def test_the_stand_in_of_an_unlisted_token_understates_the_difference() -> None:
+    row = floats(-1, -2, -5)
+    true_reference = -7.0  # what the list is too short to say
+    stand_in = reference_at(np.array([-1]), floats(-4), row)[0]
+    assert 0 < -4 - stand_in < -4 - true_reference
+
+
+def test_a_residual_points_along_itself_and_against_its_opposite() -> None:
+    rng = np.random.default_rng(11)
+    residual, reference = rng.normal(size=20), rng.normal(size=20)
+    assert direction_cosine(residual, residual, reference) == pytest.approx(1)
+    assert direction_cosine(residual, -residual, reference) == pytest.approx(-1)
+
+
+@given(st.integers(0, 10_000), reals(-5, 5), reals(-5, 5), reals(0.01, 100), reals(0.01, 100))
+@few
+def test_the_cosine_feels_neither_flattening_nor_offset_nor_scale(
+    seed: int, flattening: float, offset: float, scale: float, other_scale: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    residual, variant, reference = rng.normal(size=(3, 20))
+    shape = reference - reference.mean()
+    plain = direction_cosine(residual, variant, reference)
+    moved = direction_cosine(
+        scale * residual + flattening * shape + offset, other_scale * variant - flattening * shape - offset, reference
+    )
+    assert moved == pytest.approx(plain, abs=1e-8)
+    assert -1 - 1e-12 <= plain <= 1 + 1e-12
+
+
+def test_the_cosine_of_flattening_with_anything_is_zero() -> None:
+    rng = np.random.default_rng(3)
+    variant, reference = rng.normal(size=(2, 12))
+    assert direction_cosine(0.3 * (reference - reference.mean()), variant, reference) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("array", [0, 1, 2])
+def test_a_cosine_needs_four_known_tokens(array: int) -> None:
+    values = list(np.random.default_rng(1).normal(size=(3, 6)))
+    values[array][:2] = NAN
+    assert np.isfinite(direction_cosine(*values))
+    values[array][:3] = NAN
+    assert np.isnan(direction_cosine(*values))
+
+
+def test_the_scale_interval_is_students_on_the_log_scale() -> None:
+    log_scales = floats(-3.1, -2.9, -3.4, -2.6, -3.0)
+    estimate, low, high = scale_interval(log_scales, 0.95)
+    expected = stats.t.interval(0.95, 4, loc=log_scales.mean(), scale=stats.sem(log_scales))
+    assert (estimate, low, high) == pytest.approx((np.exp(log_scales.mean()), *np.exp(expected)))
+
+
+def test_the_scale_interval_of_one_prompt_is_a_point() -> None:
+    assert scale_interval(floats(np.log(0.2)), 0.95) == pytest.approx((0.2, 0.2, 0.2))
+
+
+def test_the_mean_interval_is_students() -> None:
+    values = floats(0.1, 0.4, -0.2, 0.3)
+    expected = stats.t.interval(0.9, 3, loc=values.mean(), scale=stats.sem(values))
+    assert mean_interval(values, 0.9) == pytest.approx((values.mean(), *expected))
+
+
+def test_299_clean_answers_bring_the_limit_below_one_percent() -> None:
+    assert share_upper_limit(0, 299, 0.95) == pytest.approx(0.00997, abs=5e-6)
+    assert share_upper_limit(0, 298, 0.95) > 0.01
+
+
+@pytest.mark.parametrize(("found", "asked"), [(0, 1), (0, 20), (1, 20), (7, 20), (19, 20), (3, 500)])
+def test_the_upper_limit_is_clopper_and_pearsons(found: int, asked: int) -> None:
+    # One-sided at 95 % is the upper end of the two-sided interval at 90 %.
+    expected = stats.binomtest(found, asked).proportion_ci(0.9, "exact").high
+    limit = share_upper_limit(found, asked, 0.95)
+    assert limit == pytest.approx(float(expected), rel=1e-6)
+    assert stats.binom.cdf(found, asked, limit) == pytest.approx(0.05, rel=1e-6)
+
+
+@pytest.mark.parametrize("asked", [0, 1, 20])
+def test_the_upper_limit_of_everything_is_one(asked: int) -> None:
+    assert share_upper_limit(asked, asked, 0.95) == 1.0
+
+
+# -- scores ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(reals(-12, 4), min_size=2, max_size=20), reals(-5, 0), reals(0.05, 3), reals(0.05, 2), st.booleans())
+@few
+def test_the_tilted_score_is_monotone_towards_the_alternative(
+    log_scales: list[float], null_mean: float, gap: float, sd: float, larger: bool
+) -> None:
+    ordered = np.sort(np.array(log_scales))
+    alternative = null_mean + gap if larger else null_mean - gap
+    steps = np.diff(tilted_score(ordered, null_mean, alternative, sd, CAP))
+    assert (steps >= 0).all() if larger else (steps <= 0).all()
+
+
+@given(st.lists(reals(-50, 50), min_size=1, max_size=20), reals(-5, 0), reals(-3, 3), reals(0.05, 2), reals(1.1, 100))
+@few
+def test_the_tilted_score_lies_between_zero_and_the_cap(
+    log_scales: list[float], null_mean: float, gap: float, sd: float, cap: float
+) -> None:
+    scores = tilted_score(np.array(log_scales), null_mean, null_mean + gap, sd, cap)
+    assert (scores >= 0).all()
+    assert (scores <= cap * (1 + 1e-12)).all()
+
+
+def test_the_tilted_score_is_the_normal_likelihood_ratio_below_the_cap() -> None:
+    x = floats(-3, -2.5, -2.2)
+    expected = stats.norm.pdf(x, -2, 0.4) / stats.norm.pdf(x, -2.6, 0.4)
+    np.testing.assert_allclose(tilted_score(x, -2.6, -2.0, 0.4, 1e6), expected)
+
+
+# -- e-processes: size -----------------------------------------------------------------------------------------
+
+
+def assert_at_most(hits: int, draws: int, alpha: float) -> None:
+    """Fail only where so many hits have a chance below one in a million at a rate of alpha."""
+    assert hits <= stats.binom.ppf(1 - 1e-6, draws, alpha), f"{hits} of {draws} at a promised rate of {alpha}"
+
+
+def null_stacks(kind: str) -> Floats:
+    """Scores of three honest stacks on the pool."""
+    rng = np.random.default_rng(20)
+    if kind == "normal":
+        return tilted_score(rng.normal(0, 0.35, (3, POOL)), 0.0, float(np.log(1.8)), 0.35, CAP)
+    if kind == "heavy":
+        return np.minimum(rng.pareto(0.8, (3, POOL)), CAP)
+    return np.where(rng.random((3, POOL)) < 0.3, CAP, 0.0)  # two-valued
+
+
+def peaks_of_score_processes(null: Floats, served: Floats, stake: float, asked: int, draws: int = DRAWS) -> Floats:
+    rng = np.random.default_rng(21)
+    out = np.empty(draws)
+    for i in range(draws):
+        drawn = rng.permutation(POOL)[:asked]
+        process = bounded_score_process(
+            served[drawn], null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake
+        )
+        out[i] = process.max()
+    return out
+
+
+@pytest.mark.parametrize("stack", [0, 2])
+@pytest.mark.parametrize("stake", [1.0, 0.25])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "two-valued"])
+def test_an_honest_stack_is_rejected_as_rarely_as_promised(kind: str, stake: float, stack: int) -> None:
+    null = null_stacks(kind)
+    peaks = peaks_of_score_processes(null, null[stack], stake, POOL)
+    for alpha in (0.2, 0.05, 0.01):
+        assert_at_most(int((peaks >= np.log(1 / alpha)).sum()), DRAWS, alpha)
+
+
+@pytest.mark.parametrize("stake", [1.0, 0.25])
+def test_a_few_outliers_on_an_honest_stack_are_forgiven(stake: float) -> None:
+    null = null_stacks("normal")
+    served = null[0].copy()
+    served[: int(OUTLIER_SHARE * POOL)] = CAP
+    peaks = peaks_of_score_processes(null, served, stake, POOL // 2)
+    assert_at_most(int((peaks >= np.log(20)).sum()), DRAWS, 0.05)
+
+
+@pytest.mark.parametrize("stake", [1.0, 0.25])
+@pytest.mark.parametrize("asked", [50, 100, 200])
+def test_a_stack_of_no_larger_mean_is_rejected_as_rarely_as_promised(stake: float, asked: int) -> None:
+    """The null as the module states it: the mean over the pool is a recorded stack's, not every single score."""
+    null = np.full((1, POOL), 0.01)
+    null[0, : POOL // 2] = CAP
+    peaks = peaks_of_score_processes(null, null[0, ::-1].copy(), stake, asked)
+    assert_at_most(int((peaks >= np.log(20)).sum()), DRAWS, 0.05)
+
+
+def pool_of_mean(null_mean: float, kind: str) -> Floats:
+    """A pool of values in [-1, 1] whose mean is exactly the null's."""
+    if kind == "two-valued":
+        ones = round(POOL * (1 + null_mean) / 2)
+        return np.where(np.arange(POOL) < ones, 1.0, -1.0)
+    half = np.random.default_rng(30).uniform(0, 1 - null_mean, POOL // 2)
+    return np.concatenate([null_mean + half, null_mean - half])
+
+
+@pytest.mark.parametrize("stake", [0.5, 0.96])
+@pytest.mark.parametrize(("null_mean", "kind"), [(0.2, "two-valued"), (0.2, "spread"), (0.6, "spread"), (0.0, "spread")])
+def test_a_mean_at_the_null_is_rejected_as_rarely_as_promised(null_mean: float, kind: str, stake: float) -> None:
+    pool = pool_of_mean(null_mean, kind)
+    assert pool.mean() == pytest.approx(null_mean, abs=1e-12)
+    rng = np.random.default_rng(31)
+    peaks = np.array([bounded_mean_process(rng.permutation(pool), null_mean, stake).max() for _ in range(DRAWS)])
+    for alpha in (0.2, 0.05, 0.01):
+        assert_at_most(int((peaks >= np.log(1 / alpha)).sum()), DRAWS, alpha)
+
+
+@pytest.mark.parametrize("weights", [None, floats(1, 5)])
+def test_a_mixture_keeps_the_promise_of_its_parts(weights: Floats | None) -> None:
+    null, pool = null_stacks("heavy"), pool_of_mean(0.2, "spread")
+    rng = np.random.default_rng(41)
+    hits = 0
+    for _ in range(DRAWS):
+        drawn = rng.permutation(POOL)
+        by_size = bounded_score_process(
+            null[1, drawn], null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0
+        )
+        by_direction = bounded_mean_process(pool[drawn], 0.2, 0.96)
+        hits += first_crossing(mixture(np.array([by_size, by_direction]), weights), 20) is not None
+    assert_at_most(hits, DRAWS, 0.05)
+
+
+# -- e-processes: power and bookkeeping ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stake", [1.0, 0.25])
+def test_a_clear_departure_in_size_is_found_within_twenty_answers(stake: float) -> None:
+    rng = np.random.default_rng(50)
+    alternative = float(np.log(3))
+    null = tilted_score(rng.normal(0, 0.35, (3, POOL)), 0.0, alternative, 0.35, CAP)
+    served = tilted_score(rng.normal(alternative, 0.35, POOL), 0.0, alternative, 0.35, CAP)
+    drawn = rng.permutation(POOL)
+    process = bounded_score_process(served[drawn], null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake)
+    reached = first_crossing(process, 1000)
+    assert reached is not None
+    assert reached <= 20
+
+
+def test_a_clear_departure_in_direction_is_found_within_thirty_answers() -> None:
+    values = np.clip(np.random.default_rng(51).normal(0.7, 0.2, 100), -1, 1)
+    reached = first_crossing(bounded_mean_process(values, 0.2, 0.96), 1000)
+    assert reached is not None
+    assert reached <= 30
+
+
+def test_an_unanswered_probe_moves_no_bet_on_size() -> None:
+    null = null_stacks("normal")
+    drawn = np.array([4, 7, 9, 11])
+    scores = np.array([2.0, NAN, 3.0, NAN])
+    process = bounded_score_process(scores, null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0)
+    assert process[1] == process[0]
+    assert process[3] == process[2]
+    assert np.isfinite(process).all()
+
+
+def test_an_unanswered_probe_moves_no_bet_on_direction() -> None:
+    with_gaps = bounded_mean_process(floats(NAN, 0.5, NAN, 0.9, NAN), 0.2, 0.9)
+    np.testing.assert_allclose(with_gaps[[1, 3]], bounded_mean_process(floats(0.5, 0.9), 0.2, 0.9))
+    np.testing.assert_array_equal(with_gaps, [0.0, with_gaps[1], with_gaps[1], with_gaps[3], with_gaps[3]])
+
+
+def test_the_first_bet_on_size_is_the_score_over_the_largest_null_mean() -> None:
+    null = np.array([[1.0, 1.0, 4.0, 2.0], [0.0, 1.0, 1.0, 1.0]])
+    process = bounded_score_process(
+        floats(6, 1), null, np.array([2, 0]), cap=10.0, outlier_share=0.1, stake=0.5
+    )
+    first = 0.5 + 0.5 * 6 / (0.9 * 2 + 0.1 * 10)
+    # Without probe 2 the stacks' means over the rest are 4/3 and 2/3.
+    second = 0.5 + 0.5 * 1 / (0.9 * 4 / 3 + 0.1 * 10)
+    np.testing.assert_allclose(process, np.cumsum(np.log([first, second])))
+
+
+@given(st.lists(reals(0, 20), min_size=1, max_size=60), st.sampled_from([1.0, 0.5, 0.25]))
+@few
+def test_wealth_never_loses_more_than_the_stake(scores: list[float], stake: float) -> None:
+    null = null_stacks("normal")
+    drawn = np.arange(len(scores))
+    process = bounded_score_process(
+        np.array(scores), null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake
+    )
+    assert np.isfinite(process).all()
+    if stake < 1:
+        assert (np.diff(process, prepend=0.0) >= np.log(1 - stake) - 1e-9).all()
+
+
+@given(st.lists(reals(-1, 1), min_size=1, max_size=60), reals(0, 0.95), reals(0, 0.99))
+@few
+def test_the_bet_on_direction_stays_finite(values: list[float], null_mean: float, stake: float) -> None:
+    process = bounded_mean_process(np.array(values), null_mean, stake)
+    assert np.isfinite(process).all()
+    assert (np.diff(process, prepend=0.0) >= np.log1p(-stake) - 1e-9).all()
+
+
+@given(st.lists(reals(-800, 800), min_size=1, max_size=20), st.integers(1, 6))
+@few
+def test_the_mixture_of_equal_processes_is_the_process(values: list[float], count: int) -> None:
+    process = np.array(values)
+    np.testing.assert_allclose(mixture(np.tile(process, (count, 1))), process, atol=1e-9)
+
+
+@given(st.lists(st.tuples(reals(-800, 800), reals(-800, 800)), min_size=1, max_size=20), reals(0.01, 0.99))
+@few
+def test_a_mixture_lies_between_its_parts(values: list[tuple[float, float]], share: float) -> None:
+    parts = np.array(values).T
+    mixed = mixture(parts, floats(share, 1 - share))
+    assert (mixed <= parts.max(axis=0) + 1e-9).all()
+    assert (mixed >= parts.min(axis=0) - 1e-9).all()
+
+
+def test_the_weights_of_a_mixture_are_normalised() -> None:
+    mixed = mixture(np.log([[4.0], [8.0]]), floats(6, 2))
+    assert np.exp(mixed[0]) == pytest.approx(0.75 * 4 + 0.25 * 8)
+
+
+@pytest.mark.parametrize(
+    ("wealth", "expected"), [([1, 5, 10, 2], 3), ([10], 1), ([1, 20, 1], 2), ([1, 9.99, 9], None), ([], None)]
+)
+def test_the_first_crossing_counts_answers(wealth: list[float], expected: int | None) -> None:
+    assert first_crossing(np.log(np.array(wealth, np.float64)), 10) == expected
+
+
+# -- the road from answers to evidence -------------------------------------------------------------------------
+
+PROBES, LISTED, TOP = 40, 40, 20
+
+
+def small_bundle() -> Bundle:
+    """One honest stack and one coarse variant over a pool of forty probes and forty tokens."""
+    rng = np.random.default_rng(60)
+    reference = -np.sort(rng.exponential(3, (PROBES, LISTED)), axis=1) - 1
+    honest = reference + rng.normal(0, 0.03, reference.shape)
+    coarse = reference + rng.normal(0, 0.5, reference.shape)
+    stacks = [
+        StackRecord(id=name, description=name, departure=None, departure_class=None, engine="none", settings={})
+        for name in ("reference", "honest")
+    ]
+    stacks.append(
+        StackRecord(
+            id="coarse", description="four bits", departure="precision", departure_class="int4", engine="none", settings={}
+        )
+    )
+    manifest = Manifest(
+        id="small", version=1, model="small", model_names=["small"], keeper="nobody", built_with="a test",
+        weights=WeightsSource(source="none", sha256="0", licence="none", precision="bf16"),
+        tokenizer_sha256="0", template_sha256="0", pool=PoolIdentity(id="small", version=1, sha256="0"),
+        probe_ids=[f"p-{n}" for n in range(PROBES)], top_k=LISTED, seed=0, machine="none", reference_stack="reference",
+        stacks=stacks, hypotheses=[HypothesisRecord(id="official", description="official", cause=None)], arrays_sha256="0",
+    )  # fmt: skip
+    return Bundle(
+        manifest,
+        Path("nowhere"),
+        np.tile(np.arange(LISTED, dtype=np.int32), (PROBES, 1)),
+        np.stack([reference, honest, coarse]).astype(np.float32),
+        np.full((1, PROBES), 50, np.int32),
+        {n: bytes([65 + n]) for n in range(LISTED)},
+    )
+
+
+def served(bundle: Bundle, stack: int, odd_probes: frozenset[int], odd: str) -> list[Observation]:
+    """Answers of a stack; those on odd probes carry two tokens only, or tokens that the reference does not know."""
+    out = []
+    for row, probe_id in enumerate(bundle.manifest.probe_ids[:30]):
+        values = bundle.logprobs_nats[stack, row].astype(np.float64)
+        columns = np.argsort(-values)[:TOP]
+        top = [TopToken(bytes_hex=bytes([65 + int(c)]).hex(), logprob_nats=min(0.0, float(values[c]))) for c in columns]
+        if row in odd_probes:
+            alien = [TopToken(bytes_hex=f"ffff{n:02x}", logprob_nats=-40.0 - n) for n in range(TOP)]
+            top = top[:2] if odd == "short" else alien
+        out.append(
+            Observation(
+                request_id=f"probe-{row:04d}", probe_id=probe_id, answered=True, status=200, attempts=1, latency_s=0.1,
+                prompt_tokens=50, completion_tokens=1, top=top,
+            )
+        )  # fmt: skip
+    return out
+
+
+def judged(stack: int, odd_probes: frozenset[int] = frozenset(), odd: str = "short") -> tuple[Findings, Verdict]:
+    bundle, policy = small_bundle(), load_policy("strict")
+    endpoint = Endpoint(name="e", base_url="http://127.0.0.1:9/v1", model="small", reference="small")
+    message = [Message(role="user", content="Say a word.")]
+    plan = make_plan(endpoint, policy, None, seed="s").model_copy(
+        update={
+            "reference": bundle.identity,
+            "probe_requests": [
+                PlannedRequest(request_id=f"probe-{n:04d}", probe=Probe(id=p, purpose="test", messages=message))
+                for n, p in enumerate(bundle.manifest.probe_ids)
+            ],
+        }
+    )
+    capability = Capability(
+        reachable=True, top_logprobs=TOP, temperature_regime="before_temperature", usage_reported=True
+    )
+    answers = served(bundle, stack, odd_probes, odd)
+    case = open_case(plan, capability, answers, build_library(bundle, policy, TOP))
+    return judge(case, requests_sent=30, stopped_because="decided", all_observations=answers)
+
+
+@pytest.mark.parametrize(("stack", "word"), [(1, "consistent"), (2, "differs")])
+def test_a_recorded_stack_is_recognised(stack: int, word: str) -> None:
+    _, verdict = judged(stack)
+    assert verdict.verdict == word
+
+
+@pytest.mark.parametrize(("stack", "word"), [(1, "consistent"), (2, "differs")])
+@pytest.mark.parametrize("odd", ["short", "alien"])
+def test_one_odd_answer_does_not_keep_the_rest_from_being_judged(stack: int, word: str, odd: str) -> None:
+    _, verdict = judged(stack, frozenset({3}), odd)
+    assert verdict.verdict == word
+
+
+@pytest.mark.parametrize("odd", ["short", "alien"])
+def test_odd_answers_alone_are_no_verdict_on_the_weights(odd: str) -> None:
+    findings, _ = judged(2, frozenset(range(30)), odd)
+    weights = next(finding for finding in findings.findings if finding.axis == "weights")
+    assert weights.outcome in ("inconclusive", "not_supported")
