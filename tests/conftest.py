@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 
 import weighbridge.audit
+import weighbridge.plan
 from weighbridge.cli import main
-from weighbridge.judge.library import Library
+from weighbridge.reference.bundle import Bundle
 
 REFERENCE = "/tmp/ft/pb"
 
@@ -40,7 +42,7 @@ def reference() -> str:
     return REFERENCE
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A trust file and a run secret for each test, and none of the machine's own keys."""
     home = tmp_path / "home"
@@ -49,26 +51,32 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def libraries() -> dict[Any, Library]:
+def already_known() -> dict[Any, Any]:
     return {}
 
 
-@pytest.fixture(autouse=True)
-def library_built_once(libraries: dict[Any, Library], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library is a pure function of bundle, policy and k; tests that ask for the same one share it."""
-    build = weighbridge.audit.build_library
+@pytest.fixture
+def faster(already_known: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is the same for every test is computed once, and nobody waits for a disk."""
 
-    def built_once(bundle: Any, policy: Any, top_k: int) -> Library:
-        key = (bundle.identity.digest, policy.model_dump_json(), top_k)
-        if key not in libraries:
-            libraries[key] = build(bundle, policy, top_k)
-        return libraries[key]
+    def once(module: Any, name: str) -> None:
+        compute = getattr(module, name)
 
-    monkeypatch.setattr(weighbridge.audit, "build_library", built_once)
+        def known(bundle: Bundle, *rest: Any) -> Any:
+            key = (name, str(bundle.path), bundle.identity.digest, *map(repr, rest))
+            if key not in already_known:
+                already_known[key] = compute(bundle, *rest)
+            return already_known[key]
+
+        monkeypatch.setattr(module, name, known)
+
+    once(weighbridge.audit, "build_library")
+    once(weighbridge.plan, "pool_of")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
-def weighbridge_cli(monkeypatch: pytest.MonkeyPatch) -> Weighbridge:
+def weighbridge_cli(own_home: Path, faster: None, monkeypatch: pytest.MonkeyPatch) -> Weighbridge:
     """The installed command in this process: the same entry point, exit codes and streams."""
 
     def run(*arguments: object) -> Ended:

@@ -82,7 +82,7 @@ class Call:
         connection = self._handler.connection
         connection.setblocking(False)
         try:
-            return connection.recv(1, socket.MSG_PEEK) == b""
+            return not connection.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
 
@@ -106,6 +106,7 @@ class FaultServer:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._taken = 0
         handler = type("Handler", (_Handler,), {"host": self})
         self._server = _Server(("127.0.0.1", 0), handler)
         self._server.host = self
@@ -129,7 +130,8 @@ class FaultServer:
 
     def note(self, path: str, headers: dict[str, str], document: dict[str, Any]) -> Request:
         with self._lock:
-            request = Request(len(self.requests) + 1, path, headers, document)
+            self._taken += 1
+            request = Request(self._taken, path, headers, document)
             self.requests.append(request)
         return request
 
@@ -201,7 +203,7 @@ def completion(
 
 def steady_top(count: int) -> list[dict[str, object]]:
     """A list that is a possible one: falling, and less than 1 in sum."""
-    return [entry(chr(ord("a") + n), -1.0 - 0.3 * n) for n in range(count)]
+    return [entry(chr(ord("a") + n), -2.0 - 0.3 * n) for n in range(count)]
 
 
 def well_formed(call: Call) -> None:

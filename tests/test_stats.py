@@ -160,6 +160,21 @@ def test_a_cosine_needs_four_known_tokens(array: int) -> None:
     assert np.isnan(direction_cosine(*values))
 
 
+def test_many_positions_at_once_are_each_position_alone() -> None:
+    rng = np.random.default_rng(12)
+    endpoint, variant, reference = rng.normal(size=(3, 7, 3, 6))
+    endpoint[rng.random(endpoint.shape) < 0.4] = NAN
+    residual = centred_difference(endpoint, reference)
+    scales, cosines = log_scale(residual), direction_cosine(residual, variant, reference)
+    assert scales.shape == cosines.shape == (7, 3)
+    assert 0 < np.isnan(cosines).sum() < cosines.size
+    for place in np.ndindex(7, 3):
+        alone = centred_difference(endpoint[place], reference[place])
+        np.testing.assert_allclose(residual[place], alone)
+        np.testing.assert_allclose(scales[place], log_scale(alone))
+        np.testing.assert_allclose(cosines[place], direction_cosine(alone, variant[place], reference[place]))
+
+
 def test_the_scale_interval_is_students_on_the_log_scale() -> None:
     log_scales = floats(-3.1, -2.9, -3.4, -2.6, -3.0)
     estimate, low, high = scale_interval(log_scales, 0.95)
@@ -249,9 +264,7 @@ def peaks_of_score_processes(null: Floats, served: Floats, stake: float, asked: 
     out = np.empty(draws)
     for i in range(draws):
         drawn = rng.permutation(POOL)[:asked]
-        process = bounded_score_process(
-            served[drawn], null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake
-        )
+        process = bounded_score_process(served[drawn], null, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake)
         out[i] = process.max()
     return out
 
@@ -295,12 +308,16 @@ def pool_of_mean(null_mean: float, kind: str) -> Floats:
 
 
 @pytest.mark.parametrize("stake", [0.5, 0.96])
-@pytest.mark.parametrize(("null_mean", "kind"), [(0.2, "two-valued"), (0.2, "spread"), (0.6, "spread"), (0.0, "spread")])
+@pytest.mark.parametrize(
+    ("null_mean", "kind"), [(0.2, "two-valued"), (0.2, "spread"), (0.6, "spread"), (0.0, "spread")]
+)
 def test_a_mean_at_the_null_is_rejected_as_rarely_as_promised(null_mean: float, kind: str, stake: float) -> None:
     pool = pool_of_mean(null_mean, kind)
     assert pool.mean() == pytest.approx(null_mean, abs=1e-12)
     rng = np.random.default_rng(31)
-    peaks = np.array([bounded_mean_process(rng.permutation(pool), null_mean, stake).max() for _ in range(DRAWS)])
+    peaks = np.array(
+        [bounded_mean_process(rng.permutation(pool), null_mean, stake, pool=POOL).max() for _ in range(DRAWS)]
+    )
     for alpha in (0.2, 0.05, 0.01):
         assert_at_most(int((peaks >= np.log(1 / alpha)).sum()), DRAWS, alpha)
 
@@ -312,10 +329,8 @@ def test_a_mixture_keeps_the_promise_of_its_parts(weights: Floats | None) -> Non
     hits = 0
     for _ in range(DRAWS):
         drawn = rng.permutation(POOL)
-        by_size = bounded_score_process(
-            null[1, drawn], null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0
-        )
-        by_direction = bounded_mean_process(pool[drawn], 0.2, 0.96)
+        by_size = bounded_score_process(null[1, drawn], null, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0)
+        by_direction = bounded_mean_process(pool[drawn], 0.2, 0.96, pool=POOL)
         hits += first_crossing(mixture(np.array([by_size, by_direction]), weights), 20) is not None
     assert_at_most(hits, DRAWS, 0.05)
 
@@ -330,7 +345,7 @@ def test_a_clear_departure_in_size_is_found_within_twenty_answers(stake: float) 
     null = tilted_score(rng.normal(0, 0.35, (3, POOL)), 0.0, alternative, 0.35, CAP)
     served = tilted_score(rng.normal(alternative, 0.35, POOL), 0.0, alternative, 0.35, CAP)
     drawn = rng.permutation(POOL)
-    process = bounded_score_process(served[drawn], null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake)
+    process = bounded_score_process(served[drawn], null, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake)
     reached = first_crossing(process, 1000)
     assert reached is not None
     assert reached <= 20
@@ -338,35 +353,33 @@ def test_a_clear_departure_in_size_is_found_within_twenty_answers(stake: float) 
 
 def test_a_clear_departure_in_direction_is_found_within_thirty_answers() -> None:
     values = np.clip(np.random.default_rng(51).normal(0.7, 0.2, 100), -1, 1)
-    reached = first_crossing(bounded_mean_process(values, 0.2, 0.96), 1000)
+    reached = first_crossing(bounded_mean_process(values, 0.2, 0.96, pool=POOL), 1000)
     assert reached is not None
     assert reached <= 30
 
 
 def test_an_unanswered_probe_moves_no_bet_on_size() -> None:
     null = null_stacks("normal")
-    drawn = np.array([4, 7, 9, 11])
     scores = np.array([2.0, NAN, 3.0, NAN])
-    process = bounded_score_process(scores, null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0)
+    process = bounded_score_process(scores, null, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0)
     assert process[1] == process[0]
     assert process[3] == process[2]
     assert np.isfinite(process).all()
 
 
 def test_an_unanswered_probe_moves_no_bet_on_direction() -> None:
-    with_gaps = bounded_mean_process(floats(NAN, 0.5, NAN, 0.9, NAN), 0.2, 0.9)
-    np.testing.assert_allclose(with_gaps[[1, 3]], bounded_mean_process(floats(0.5, 0.9), 0.2, 0.9))
+    with_gaps = bounded_mean_process(floats(NAN, 0.5, NAN, 0.9, NAN), 0.2, 0.9, pool=10**12)
+    np.testing.assert_allclose(with_gaps[[1, 3]], bounded_mean_process(floats(0.5, 0.9), 0.2, 0.9, pool=10**12))
     np.testing.assert_array_equal(with_gaps, [0.0, with_gaps[1], with_gaps[1], with_gaps[3], with_gaps[3]])
 
 
-def test_the_first_bet_on_size_is_the_score_over_the_largest_null_mean() -> None:
+def test_a_bet_on_size_is_held_against_what_the_null_still_allows() -> None:
     null = np.array([[1.0, 1.0, 4.0, 2.0], [0.0, 1.0, 1.0, 1.0]])
-    process = bounded_score_process(
-        floats(6, 1), null, np.array([2, 0]), cap=10.0, outlier_share=0.1, stake=0.5
-    )
-    first = 0.5 + 0.5 * 6 / (0.9 * 2 + 0.1 * 10)
-    # Without probe 2 the stacks' means over the rest are 4/3 and 2/3.
-    second = 0.5 + 0.5 * 1 / (0.9 * 4 / 3 + 0.1 * 10)
+    process = bounded_score_process(floats(6, 1), null, cap=10.0, outlier_share=0.1, stake=0.5)
+    limit = 0.9 * 2 + 0.1 * 10
+    first = 0.5 + 0.5 * 6 / limit
+    # Of the 4 * limit that the pool may hold, 6 have been seen; three probes are left.
+    second = 0.5 + 0.5 * 1 / ((4 * limit - 6) / 3)
     np.testing.assert_allclose(process, np.cumsum(np.log([first, second])))
 
 
@@ -374,10 +387,7 @@ def test_the_first_bet_on_size_is_the_score_over_the_largest_null_mean() -> None
 @few
 def test_wealth_never_loses_more_than_the_stake(scores: list[float], stake: float) -> None:
     null = null_stacks("normal")
-    drawn = np.arange(len(scores))
-    process = bounded_score_process(
-        np.array(scores), null, drawn, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake
-    )
+    process = bounded_score_process(np.array(scores), null, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake)
     assert np.isfinite(process).all()
     if stake < 1:
         assert (np.diff(process, prepend=0.0) >= np.log(1 - stake) - 1e-9).all()
@@ -386,7 +396,7 @@ def test_wealth_never_loses_more_than_the_stake(scores: list[float], stake: floa
 @given(st.lists(reals(-1, 1), min_size=1, max_size=60), reals(0, 0.95), reals(0, 0.99))
 @few
 def test_the_bet_on_direction_stays_finite(values: list[float], null_mean: float, stake: float) -> None:
-    process = bounded_mean_process(np.array(values), null_mean, stake)
+    process = bounded_mean_process(np.array(values), null_mean, stake, pool=POOL)
     assert np.isfinite(process).all()
     assert (np.diff(process, prepend=0.0) >= np.log1p(-stake) - 1e-9).all()
 
@@ -436,7 +446,12 @@ def small_bundle() -> Bundle:
     ]
     stacks.append(
         StackRecord(
-            id="coarse", description="four bits", departure="precision", departure_class="int4", engine="none", settings={}
+            id="coarse",
+            description="four bits",
+            departure="precision",
+            departure_class="int4",
+            engine="none",
+            settings={},
         )
     )
     manifest = Manifest(

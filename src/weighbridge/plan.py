@@ -88,7 +88,7 @@ def make_plan(
         endpoint=endpoint,
         policy=policy,
         reference=bundle.identity if bundle else None,
-        reference_path=None if bundle is None or bundle.manifest.id in EMBEDDED else str(Path(bundle.path).resolve()),
+        reference_path=_path_to_remember(bundle),
         pool=identity,
         draw=Draw(seed=seed, commitment=commitment),
         capability_requests=capability,
@@ -97,6 +97,13 @@ def make_plan(
         ],
         estimate=_estimate(endpoint, bundle, capability, probes),
     )
+
+
+def _path_to_remember(bundle: Bundle | None) -> str | None:
+    """Where a later `resume` or `replay` looks for the bundle; an embedded one is found by its name."""
+    if bundle is None or EMBEDDED.get(bundle.manifest.id) == bundle.identity.digest:
+        return None
+    return str(Path(bundle.path).resolve())
 
 
 def _estimate(

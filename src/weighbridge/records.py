@@ -26,7 +26,8 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 class Record(BaseModel):
     """A frozen record that refuses fields it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A NaN that slips into a record stays one, so that `canonical.rounded` refuses it; it never becomes a null.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -76,7 +77,7 @@ class Endpoint(Record):
     price: Price | None = None
     limits: Limits = Field(default_factory=Limits)
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = Record.model_config | {"populate_by_name": True}
 
     @field_validator("base_url")
     @classmethod
@@ -134,7 +135,7 @@ class Policy(Record):
     min_answers_consistent: int = Field(ge=2, description="no `consistent` from fewer answers")
     min_counted: int = Field(ge=2, description="no statement about the prompt from fewer token counts")
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = Record.model_config | {"populate_by_name": True}
 
 
 # -- plan ------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ class Plan(Record):
     probe_requests: list[PlannedRequest]
     estimate: Estimate
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = Record.model_config | {"populate_by_name": True}
 
 
 # -- exchanges -------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ class Received(Record):
     event: Literal["received"] = "received"
     request_id: str
     attempt: int
-    status: int | None
+    status: int | None = None
     headers: dict[str, str]
     body_base64: str | None = Field(default=None, description="the body where it is not UTF-8 text")
     body_text: str | None = Field(default=None, description="the body where it is UTF-8 text")
@@ -288,7 +289,7 @@ class Observation(Record):
     top: list[TopToken] | None = None
     quirks: list[str] = Field(default_factory=list)
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = Record.model_config | {"populate_by_name": True}
 
 
 class Capability(Record):
@@ -348,7 +349,7 @@ class Findings(Record):
     capability: Capability
     findings: list[Finding]
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = Record.model_config | {"populate_by_name": True}
 
 
 class Verdict(Record):
@@ -375,7 +376,7 @@ class Verdict(Record):
     endpoint_refused: bool
     observations_sha256: str
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = Record.model_config | {"populate_by_name": True}
 
 
 # -- reading ---------------------------------------------------------------------------------------------------

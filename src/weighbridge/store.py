@@ -26,7 +26,7 @@ from weighbridge.errors import ConfigurationError, RunFolderError
 from weighbridge.keys import owner_mark
 from weighbridge.records import Exchange, Findings, Observation, Plan, Received, Record, Sent, Verdict, checked
 
-MAX_LINE_BYTES = 32 * 2**20
+_BLOCK_BYTES = 2**20
 
 
 class Stopped(Record):
@@ -158,8 +158,12 @@ class ExchangeLog:
             raise RunFolderError(
                 f"{self._path.parent} is being collected by another process", "Wait for it to end"
             ) from None
-        self._cut_torn_line()
-        self._file = self._path.open("ab")
+        try:
+            self._cut_torn_line()
+            self._file = self._path.open("ab")
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(
@@ -180,11 +184,17 @@ class ExchangeLog:
         if not self._path.exists():
             return
         with self._path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - MAX_LINE_BYTES))
-            tail = file.read()
-            if tail and not tail.endswith(b"\n"):
-                file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+            end = file.seek(0, os.SEEK_END)
+            # Look for the last newline block by block: a line may be as large as an answer.
+            while end > 0:
+                start = max(0, end - _BLOCK_BYTES)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    file.truncate(start + newline + 1)
+                    return
+                end = start
+            file.truncate(0)
 
 
 def plan_bytes(plan: Plan) -> bytes:

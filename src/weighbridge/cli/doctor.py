@@ -37,7 +37,7 @@ def doctor_command(seed: str | None, as_json: bool, **named: Any) -> int:
             }
         )
     elif not capability.reachable:
-        click.echo(f"{endpoint.name} did not answer: {capability.refused}")
+        click.echo(verdict.sentence)
     else:
         click.echo(f"answers         yes, and names the model {capability.model_named!r}")
         click.echo(f"top logprobs    {capability.top_logprobs or 'none'}")

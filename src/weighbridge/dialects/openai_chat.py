@@ -3,9 +3,10 @@
 import base64
 import json
 import math
+import sys
 from typing import Any
 
-from weighbridge.records import Endpoint, Exchange, Message, Observation, TopToken
+from weighbridge.records import Endpoint, Exchange, Message, Observation, Received, TopToken
 
 SENTINEL_NATS = -9998.0  # servers write -9999 for "outside the list"; no logprob of a listed token is that small
 _MAX_TEXT = 200
@@ -48,12 +49,8 @@ class OpenAIChat:
             "status": last.status,
         }
         if last.failure is not None:
-            return Observation(**facts, answered=False, fault=last.failure, fault_detail=last.failure_detail)
-        raw = (
-            last.body_text
-            if last.body_text is not None
-            else base64.b64decode(last.body_base64 or "").decode("utf-8", "replace")
-        )
+            return Observation(**facts, answered=False, fault=last.failure, fault_detail=_text(last.failure_detail))
+        raw = _body(last)
         if last.status is not None and 300 <= last.status < 400:
             where = _text(last.headers.get("location", "nowhere"))
             return Observation(
@@ -82,6 +79,15 @@ class OpenAIChat:
                 fault_detail=_error_message(document) or "an error object",
             )
         return _answer(facts, document)
+
+
+def _body(received: Received) -> str:
+    if received.body_text is not None:
+        return received.body_text
+    try:
+        return base64.b64decode(received.body_base64 or "").decode("utf-8", "replace")
+    except ValueError:
+        return ""
 
 
 def _parse(raw: str) -> tuple[Any, str | None]:
@@ -157,7 +163,7 @@ def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:
         if not isinstance(entry, dict):
             return [], sorted(quirks), "an entry of top_logprobs is not an object"
         logprob = entry.get("logprob")
-        if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not math.isfinite(logprob):
+        if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not abs(logprob) <= sys.float_info.max:
             return [], sorted(quirks), "a logprob is not a finite number"
         if logprob > 1e-4:
             return [], sorted(quirks), "a logprob is positive"

@@ -112,7 +112,7 @@ def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
 
 @dataclass(frozen=True)
 class Residuals:
-    """An endpoint's residuals, one row for each probe that has logprobs, in the order of the draw.
+    """An endpoint's residuals, one row for each probe whose tokens are known, in the order of the draw.
 
     Attributes
     ----------
@@ -122,8 +122,8 @@ class Residuals:
         NaN where a list is shorter than k or a token is to be left out.
     variant_nats : float array, shape (variants, n, k)
         Each variant's difference from the reference at the endpoint's tokens.
-    listed_share : float array, shape (n,)
-        Share of the endpoint's tokens that stand in the reference's list.
+    listed_share : float array
+        Share of the endpoint's tokens that stand in the reference's list, for every answer with logprobs.
     agrees : bool array, shape (n,)
         Whether the most likely token is the same.
     """
@@ -154,18 +154,20 @@ def residuals(library: Library, observations: list[Observation]) -> Residuals:
         columns_of_token = bundle.columns_of_probe(bundle.probe_index[observation.probe_id])
         columns = np.array([columns_of_token.get(t.bytes_hex, -1) for t in top], np.int64)
         values = np.array([t.logprob_nats for t in top], np.float64)
-        known = columns >= 0
+        stands = columns >= 0
         endpoint_nats[i, : len(top)] = values
         reference_nats[i, : len(top)] = reference_at(columns, values, library.reference_nats[row])
-        variant_nats[:, i, : len(top)] = np.where(known, library.variant_differences_nats[:, row, columns], np.nan)
-        listed[i] = known.mean()
+        variant_nats[:, i, : len(top)] = np.where(stands, library.variant_differences_nats[:, row, columns], np.nan)
+        listed[i] = stands.mean()
         # A reference row is ordered: its most likely token stands first.
         agrees[i] = columns[0] == 0
+    # An answer of which too few tokens are known has no residual; it counts for nothing but `listed_share`.
+    known = np.isfinite(centred_difference(endpoint_nats, reference_nats)).any(axis=1)
     return Residuals(
-        np.array([column_of[o.probe_id] for o in usable], np.int64),
-        endpoint_nats,
-        reference_nats,
-        variant_nats,
-        listed,
-        agrees,
+        probe_columns=np.array([column_of[o.probe_id] for o in usable], np.int64)[known],
+        endpoint_nats=endpoint_nats[known],
+        reference_nats=reference_nats[known],
+        variant_nats=variant_nats[:, known],
+        listed_share=listed,
+        agrees=agrees[known],
     )

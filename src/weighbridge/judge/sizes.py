@@ -64,20 +64,21 @@ def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvide
     n, variants = residuals.endpoint_nats.shape[0], len(library.variants)
     centred = centred_difference(residuals.endpoint_nats, residuals.reference_nats)
     log_scales = log_scale(centred)
-    log_size = _size_process(library, log_scales, residuals.probe_columns, policy)
+    log_size = _size_process(library, log_scales, policy)
     cosines = direction_cosine(centred[None], residuals.variant_nats, residuals.reference_nats[None])
     left = log_scale(
         centred_difference(residuals.endpoint_nats[None], residuals.reference_nats[None] + residuals.variant_nats)
     )
-    log_remainder = np.array([_size_process(library, row, residuals.probe_columns, policy) for row in left])
+    log_remainder = np.array([_size_process(library, row, policy) for row in left])
     log_remainder = log_remainder.reshape(variants, n)
 
     pool_scales = np.exp(np.nanmean(library.variant_log_scales, axis=1)) if variants else np.zeros(0)
     null_scale = float(np.exp(library.null_mean))
     faint = [v for v in range(variants) if pool_scales[v] < DIRECTION_UP_TO_MULTIPLE * null_scale]
+    pool = len(library.probe_ids)
     if faint:
         bets = [
-            bounded_mean_process(cosines[v], library.null_cosines[library.variants[v].id], DIRECTION_STAKE)
+            bounded_mean_process(cosines[v], library.null_cosines[library.variants[v].id], DIRECTION_STAKE, pool=pool)
             for v in faint
         ]
         log_direction = mixture(np.array(bets))
@@ -88,7 +89,7 @@ def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvide
         log_size=log_size,
         log_direction=log_direction,
         log_total=mixture(np.array([log_size, log_direction])),
-        log_exclusion=_exclusion(library, log_scales, residuals.probe_columns, policy),
+        log_exclusion=_exclusion(library, log_scales, policy),
         cosines=cosines,
         log_remainder=log_remainder,
         excludable=pool_scales > null_scale,
@@ -96,22 +97,20 @@ def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvide
     )
 
 
-def _size_process(library: Library, log_scales: Floats, drawn: NDArray[np.int64], policy: Policy) -> Floats:
+def _size_process(library: Library, log_scales: Floats, policy: Policy) -> Floats:
     processes = []
     for multiple in SIZE_MULTIPLES:
         alternative = library.null_mean + float(np.log(multiple))
         scores = tilted_score(log_scales, library.null_mean, alternative, library.null_sd, policy.score_cap)
         null = tilted_score(library.null_log_scales, library.null_mean, alternative, library.null_sd, policy.score_cap)
         processes += [
-            bounded_score_process(
-                scores, null, drawn, cap=policy.score_cap, outlier_share=policy.outlier_share, stake=stake
-            )
+            bounded_score_process(scores, null, cap=policy.score_cap, outlier_share=policy.outlier_share, stake=stake)
             for stake in STAKES
         ]
     return mixture(np.array(processes))
 
 
-def _exclusion(library: Library, log_scales: Floats, drawn: NDArray[np.int64], policy: Policy) -> Floats:
+def _exclusion(library: Library, log_scales: Floats, policy: Policy) -> Floats:
     """For each variant: evidence that what is served is nearer to the reference than the variant is."""
     out = np.zeros((len(library.variants), log_scales.size))
     for v, scales in enumerate(library.variant_log_scales):
@@ -124,9 +123,7 @@ def _exclusion(library: Library, log_scales: Floats, drawn: NDArray[np.int64], p
             scores = tilted_score(log_scales, mean, alternative, sd, policy.score_cap)
             null = tilted_score(shifted[None, :], mean, alternative, sd, policy.score_cap)
             processes.append(
-                bounded_score_process(
-                    scores, null, drawn, cap=policy.score_cap, outlier_share=policy.outlier_share, stake=1.0
-                )
+                bounded_score_process(scores, null, cap=policy.score_cap, outlier_share=policy.outlier_share, stake=1.0)
             )
         out[v] = mixture(np.array(processes))
     return out

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, rounded, sha256_hex
 from weighbridge.judge.case import Case, Check
+from weighbridge.judge.faults import explain
 from weighbridge.judge.library import Library, residuals
 from weighbridge.judge.other_axes import check_route, check_sampling, check_share, check_usage
 from weighbridge.judge.prompt import check_prompt
@@ -34,7 +35,7 @@ def open_case(plan: Plan, capability: Capability, answers: list[Observation], li
         return Case(plan, capability, answers, library, None, None)
     lined_up = residuals(library, answers)
     if lined_up.probe_columns.size == 0:
-        return Case(plan, capability, answers, library, None, None)
+        return Case(plan, capability, answers, library, lined_up, None)
     return Case(plan, capability, answers, library, lined_up, weigh(library, lined_up, plan.policy))
 
 
@@ -89,7 +90,7 @@ def judge(
         axes=axes,
         not_excluded=weights.not_excluded,
         excluded=weights.excluded,
-        sentence=_sentence(case, word, cause, by_axis),
+        sentence=_sentence(case, word, cause, by_axis) + _interruption(word, stopped_because, all_observations),
         error_rate=_error_rate(case, word),
         effective_noise_nats=next((e for e in weights.effects if e.name == "effective noise"), None),
         answers_used=weights.answers_used,
@@ -147,9 +148,24 @@ def _sentence(case: Case, word: VerdictWord, cause: Cause | None, by_axis: dict[
         }.get(str(cause), "in a way that no recorded variant explains")  # fmt: skip
         return f"Differs from the reference under the policy {policy.id}: served {named}. {finding.summary}."
     if not case.capability.reachable:
-        return f"Not verified: the endpoint did not answer ({case.capability.refused or 'no answer'})."
+        return "Not verified: the endpoint did not answer."
     open_question = weights if weights.outcome != "consistent" else by_axis["prompt"]
     return f"Not verified: {open_question.summary[0].lower()}{open_question.summary[1:]}."
+
+
+def _interruption(word: VerdictWord, stopped_because: str, observations: list[Observation]) -> str:
+    """What went wrong on the way, and the next step, where the collection did not end by itself."""
+    unanswered = [o for o in observations if not o.answered and o.fault != "interrupted"]
+    if stopped_because in ("refused", "unreachable", "rate_limited") and unanswered:
+        return f" {explain(unanswered[-1])}."
+    if word != "inconclusive":
+        return ""
+    if stopped_because == "interrupted":
+        return " The audit was interrupted: go on with `weighbridge resume`."
+    if stopped_because in ("budget_requests", "budget_cost"):
+        limit = "max_requests" if stopped_because == "budget_requests" else "max_cost_usd"
+        return f" The budget ({limit}) was spent: raise it and go on with `weighbridge resume`."
+    return ""
 
 
 def _error_rate(case: Case, word: VerdictWord) -> str:

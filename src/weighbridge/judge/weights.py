@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weighbridge.judge.case import Case
 from weighbridge.judge.sizes import WeightEvidence
@@ -43,9 +44,15 @@ def is_consistent(evidence: WeightEvidence, policy: Policy) -> bool:
     )
 
 
+def mean_cosines(evidence: WeightEvidence) -> NDArray[np.float64]:
+    """Mean cosine with each variant; 0 where no answer has one."""
+    known = np.isfinite(evidence.cosines)
+    return np.asarray(np.where(known, evidence.cosines, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1))
+
+
 def nearest(evidence: WeightEvidence, policy: Policy) -> tuple[int, bool, bool]:
     """The variant with the largest mean cosine; whether it is exactly named; whether its family is."""
-    means = np.nanmean(evidence.cosines, axis=1)
+    means = mean_cosines(evidence)
     best = int(np.argmax(means))
     honest_remainder = bool(evidence.log_remainder[best].max() < np.log(policy.differs_e_value))
     exact = means[best] >= policy.exact_name_cosine and honest_remainder
@@ -122,9 +129,7 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
     if differs_after(evidence, policy) is not None:
         best, exact, family = nearest(evidence, policy)
         variant = library.variants[best]
-        cosine, cosine_low, cosine_high = mean_interval(
-            evidence.cosines[best][np.isfinite(evidence.cosines[best])], CONFIDENCE
-        )
+        cosine, cosine_low, cosine_high = _cosine_interval(evidence.cosines[best])
         effects.append(
             Effect(
                 name=f"cosine with {variant.id}",
@@ -166,6 +171,11 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
     )  # fmt: skip
 
 
+def _cosine_interval(cosines: NDArray[np.float64]) -> tuple[float, float, float]:
+    known = cosines[np.isfinite(cosines)]
+    return mean_interval(known, CONFIDENCE) if known.size else (0.0, 0.0, 0.0)
+
+
 def _more_needed(evidence: WeightEvidence, policy: Policy, n: int) -> str:
     """How many more answers would decide if the evidence went on as it came."""
     needed = []
@@ -200,8 +210,7 @@ def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, hig
             })  # fmt: skip
     directions = []
     for variant, cosines in zip(library.variants, evidence.cosines, strict=True):
-        known = cosines[np.isfinite(cosines)]
-        mean, below, above = mean_interval(known, CONFIDENCE) if known.size else (0.0, 0.0, 0.0)
+        mean, below, above = _cosine_interval(cosines)
         directions.append({
             "variant": variant.id, "cosine": mean, "low": below, "high": above, "honest_at_most": library.null_cosines[variant.id],
         })  # fmt: skip

@@ -63,7 +63,11 @@ def load_pool(name_or_folder: str) -> Pool:
     description = read_toml(PoolDescription, folder / "pool.toml")
     path = folder / "probes.jsonl"
     probes: dict[str, Probe] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text("utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error})", "Restore the pool") from None
+    for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)

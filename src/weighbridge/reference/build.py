@@ -22,7 +22,7 @@ from weighbridge.lab.variants import VARIANTS
 from weighbridge.lab.weights import fetch_model, matrix_bits
 from weighbridge.probes import Pool, load_pool
 from weighbridge.records import Cause, Endpoint, Limits, Message, Probe, Record
-from weighbridge.reference.bundle import HypothesisRecord, Manifest, StackRecord, WeightsSource
+from weighbridge.reference.bundle import HypothesisRecord, Manifest, StackRecord, WeightsSource, incomplete
 from weighbridge.transport import Transport
 
 ASKED_LOGPROBS = 1024
@@ -173,6 +173,9 @@ def build_bundle(spec: Spec, out: Path, say: Callable[[str], None], step: Callab
     """
     if (out / "manifest.json").exists():
         raise BundleError(f"{out} already holds a bundle", "Choose another --out; a bundle is never overwritten")
+    problem = incomplete([(stack.id, _departure(stack) is None) for stack in spec.stack], spec.stack[0].id)
+    if problem is not None:
+        raise ConfigurationError(f"the spec of {spec.id}: {problem}", "Add a [[stack]]")
     pool = load_pool(spec.pool)
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -228,6 +231,9 @@ def build_bundle(spec: Spec, out: Path, say: Callable[[str], None], step: Callab
     )
     out.mkdir(parents=True, exist_ok=True)
     arrays.replace(out / "arrays.npz")
+    if Path(spec.pool).is_dir():
+        for name in ("pool.toml", "probes.jsonl"):
+            write_atomically(out / "pool" / name, (Path(spec.pool) / name).read_bytes())
     document = rounded(manifest.model_dump(mode="json", by_alias=True))
     write_atomically(out / "manifest.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     return manifest
@@ -282,6 +288,10 @@ def _row(engine: Engine, probe: Probe, spec: Spec, reference_ids: Any) -> dict[s
     listed = dict(zip(answer.token_ids, answer.logprobs_nats, strict=True))
     values = [listed.get(int(i), float("nan")) for i in reference_ids]
     return {"probe_id": probe.id, "prompt_tokens": answer.prompt_tokens, "logprobs_nats": values}
+
+
+def _departure(stack: StackSpec) -> Cause | None:
+    return stack.departure if stack.lab_variant is None else VARIANTS[stack.lab_variant].departure
 
 
 def _describe(stack: StackSpec) -> str:

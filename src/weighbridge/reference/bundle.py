@@ -189,6 +189,9 @@ def load_bundle(name_or_folder: str) -> Bundle:
     """
     folder = resolve(name_or_folder)
     manifest = _read_manifest(folder / "manifest.json")
+    problem = incomplete([(stack.id, stack.departure is None) for stack in manifest.stacks], manifest.reference_stack)
+    if problem is not None or len(set(manifest.probe_ids)) != len(manifest.probe_ids):
+        raise BundleError(f"{folder / 'manifest.json'}: {problem or 'a probe stands twice'}", "Record the bundle again")
     arrays = folder / "arrays.npz"
     if not arrays.is_file():
         raise BundleError(f"{folder} lacks arrays.npz", "Fetch the whole bundle again")
@@ -204,6 +207,20 @@ def load_bundle(name_or_folder: str) -> Bundle:
         return _unpack(manifest, folder, arrays)
     except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise BundleError(f"{arrays} cannot be read ({error})", "Fetch the bundle again") from None
+
+
+def incomplete(stacks: list[tuple[str, bool]], reference_stack: str) -> str | None:
+    """Why a set of stacks (name, whether it is honest) cannot be judged against, or None."""
+    names = [name for name, _ in stacks]
+    if len(set(names)) != len(names):
+        return "a stack stands twice"
+    if (reference_stack, True) not in stacks:
+        return "the reference stack is missing or departs from the original"
+    if sum(honest for _, honest in stacks) < 2:
+        return "an honest stack beside the reference is needed: without one nothing says how much honest stacks differ"
+    if all(honest for _, honest in stacks):
+        return "a departure is needed, such as 8-bit weights: what is not recorded cannot be excluded"
+    return None
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 from weighbridge.canonical import write_atomically
 from weighbridge.report.document import Report
 
-_NOT_XML = re.compile("[^\t\n\r -퟿-�\U00010000-\U0010ffff]")
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_junit(folder: Path, report: Report) -> None:
@@ -45,7 +45,7 @@ def write_junit(folder: Path, report: Report) -> None:
         ("cause", report.verdict.cause or ""),
         ("policy", report.policy.id),
     ):
-        ElementTree.SubElement(properties, "property", name=name, value=text)
+        ElementTree.SubElement(properties, "property", name=name, value=_clean(text))
     suite.insert(0, properties)
     write_atomically(folder / "junit.xml", ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
 

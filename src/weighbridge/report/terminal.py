@@ -8,6 +8,11 @@ from weighbridge.report.document import Report
 from weighbridge.report.html import MARKS, QUESTIONS, WORDS
 
 
+def _plain(text: str, style: str = "") -> Text:
+    """Text without what would steer a terminal: a stranger's run folder or bundle may hold it."""
+    return Text("".join(c if c.isprintable() else "\ufffd" for c in text), style)
+
+
 def print_summary(console: Console, report: Report, folder: str) -> None:
     """Print verdict, findings, cost and where the report is."""
     verdict = report.verdict
@@ -15,25 +20,27 @@ def print_summary(console: Console, report: Report, folder: str) -> None:
         verdict.verdict, "bold yellow"
     )
     console.print(
-        Text(f"{MARKS[verdict.verdict]} {WORDS[verdict.verdict]}", style).append(f"  {report.endpoint.name}", "default")
+        _plain(f"{MARKS[verdict.verdict]} {WORDS[verdict.verdict]}", style).append_text(
+            _plain(f"  {report.endpoint.name}")
+        )
     )
-    console.print(Text(verdict.sentence))
+    console.print(_plain(verdict.sentence))
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("question", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
     table.add_column("what was found")
     for finding in report.findings.findings:
         table.add_row(
-            Text(QUESTIONS[finding.axis]),
-            Text(f"{MARKS[finding.outcome]} {finding.outcome.replace('_', ' ')}"),
-            Text(finding.summary),
+            _plain(QUESTIONS[finding.axis]),
+            _plain(f"{MARKS[finding.outcome]} {finding.outcome.replace('_', ' ')}"),
+            _plain(finding.summary),
         )
     console.print(table)
     cost = f", {verdict.cost_usd:.6f} USD" if verdict.cost_usd is not None else ""
     console.print(
-        Text(
+        _plain(
             f"{verdict.requests_sent} requests, {verdict.prompt_tokens} prompt tokens{cost}; stopped: {verdict.stopped_because.replace('_', ' ')}",
             "dim",
         )
     )
-    console.print(Text(f"report: {folder}/report.html", "dim"))
+    console.print(_plain(f"report: {folder}/report.html", "dim"))

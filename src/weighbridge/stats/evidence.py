@@ -3,10 +3,10 @@
 An e-process is a non-negative quantity that, under its null, starts at 1 and is not expected to grow, so that the
 chance of ever reaching 1/α is at most α (Ville 1939). All of them are handled as natural logarithms.
 
-The randomness that these use is ours: the order in which the pool's probes are drawn. Under the null, "some
-recorded honest stack b satisfies E_pool h(x_served) ≤ E_pool h(x_b)", a score h with 0 ≤ h ≤ H divided by the
-largest mean that a recorded stack has over the rest of the pool is an e-value, up to a share η of probes on which
-anything may happen (docs/STATISTICS.md, "Size").
+The randomness that these use is ours: the order in which the pool's probes are drawn, without replacement. A null
+that bounds the mean over the whole pool therefore bounds, after some probes, the mean over those that are left: what
+is still allowed is the bound less what has been seen, spread over the rest (Waudby-Smith and Ramdas 2020, NeurIPS,
+"Confidence sequences for sampling without replacement").
 """
 
 import numpy as np
@@ -31,22 +31,24 @@ def tilted_score(log_scales: Floats, null_mean: float, alternative_mean: float, 
 
 
 def bounded_score_process(
-    scores: Floats, null_scores: Floats, drawn: NDArray[np.int64], *, cap: float, outlier_share: float, stake: float
+    scores: Floats, null_scores: Floats, *, cap: float, outlier_share: float, stake: float
 ) -> Floats:
     """Log wealth after each probe of betting that scores are larger than any null stack's.
+
+    The null is that the mean score over the pool is at most that of some recorded stack, up to a share of probes on
+    which anything may happen: mean h(x) <= (1 - η) max_b mean h(x_b) + η H.
 
     Parameters
     ----------
     scores : float array, shape (n,)
-        The endpoint's scores, in the order of the draw; NaN where a probe has no answer, which moves nothing.
+        The endpoint's scores in [0, cap], in the order of the draw; NaN where a probe has no answer, which moves
+        nothing.
     null_scores : float array, shape (stacks, pool)
         The same score of every null stack on every probe of the pool.
-    drawn : int array, shape (n,)
-        Which probe each score belongs to; probes are drawn without replacement.
     cap : float
         The largest possible score, H.
     outlier_share : float
-        η, the share of probes on which a null stack may reach H.
+        η, the share of probes on which a null stack may reach H; also keeps the bets bounded.
     stake : float
         The share of the wealth that is bet, in (0, 1]. Staking less survives runs of small scores, as a
         mixture of honest and other answers has them.
@@ -55,36 +57,42 @@ def bounded_score_process(
     -------
     float array, shape (n,)
     """
-    used = np.cumsum(null_scores[:, drawn], axis=1)
-    before = np.concatenate([np.zeros((null_scores.shape[0], 1)), used[:, :-1]], axis=1)
-    rest = null_scores.shape[1] - np.arange(drawn.size)
-    means = np.maximum((null_scores.sum(axis=1, keepdims=True) - before) / rest, 0.0)
-    expected = (1 - outlier_share) * means.max(axis=0) + outlier_share * cap
-    factors = 1 - stake + stake * scores / expected
+    limit = (1 - outlier_share) * float(null_scores.mean(axis=1).max()) + outlier_share * cap
+    expected = np.maximum(_mean_left(limit, np.nan_to_num(scores, nan=0.0), null_scores.shape[1]), outlier_share * cap)
+    factors = 1 - stake + stake * scores / np.maximum(expected, 1e-12)
     return np.asarray(np.cumsum(np.where(np.isfinite(factors), np.log(np.maximum(factors, 1e-300)), 0.0)))
 
 
-def bounded_mean_process(values: Floats, null_mean: float, stake: float) -> Floats:
-    """Log wealth after each probe of betting that the mean of values in [-1, 1] is above `null_mean`.
+def bounded_mean_process(values: Floats, null_mean: float, stake: float, *, pool: int) -> Floats:
+    """Log wealth after each probe of betting that the pool's mean of values in [-1, 1] is above `null_mean`.
 
-    W_t = W_(t-1) (1 + λ (v_t - m)), the betting martingale of Waudby-Smith and Ramdas (2024, JRSS B 86), with a
-    fixed λ; non-negative because λ < 1/(1 + m).
+    W_t = W_(t-1) (1 + λ_t (v_t - m_t)), the betting martingale of Waudby-Smith and Ramdas (2024, JRSS B 86), where
+    m_t is the largest mean that the probes left can have under the null.
 
     Parameters
     ----------
     values : float array, shape (n,)
         NaN where a probe has no answer, which moves nothing.
     null_mean : float
-        m, the largest mean under the null.
+        The largest mean over the pool under the null.
     stake : float
-        λ (1 + m), the share of the largest admissible bet, in [0, 1).
+        λ_t (1 + m_t), the share of the largest admissible bet, in [0, 1).
+    pool : int
+        How many probes the pool has.
 
     Returns
     -------
     float array, shape (n,)
     """
-    bet = stake / (1 + null_mean)
-    return np.asarray(np.cumsum(np.where(np.isfinite(values), np.log1p(bet * (values - null_mean)), 0.0)))
+    left = np.clip(_mean_left(null_mean, np.nan_to_num(values, nan=-1.0), pool), -0.5, 1.0)
+    growth = np.log1p(stake / (1 + left) * (values - left))
+    return np.asarray(np.cumsum(np.where(np.isfinite(growth), growth, 0.0)))
+
+
+def _mean_left(pool_mean: float, values: Floats, pool: int) -> Floats:
+    """The mean that the probes not yet drawn have before each draw, if the whole pool's is `pool_mean`."""
+    seen = np.concatenate([[0.0], np.cumsum(values)[:-1]]) if values.size else values
+    return np.asarray((pool * pool_mean - seen) / (pool - np.arange(values.size)))
 
 
 def mixture(log_processes: Floats, weights: Floats | None = None) -> Floats:

@@ -6,7 +6,7 @@ the log-normaliser and any common offset cancel; s is its root mean square.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 Floats = NDArray[np.float64]
 _TINY = 1e-12
@@ -125,7 +125,9 @@ def scale_interval(log_scales: Floats, confidence: float) -> tuple[float, float,
     if log_scales.size < 2:
         return float(np.exp(mean)), float(np.exp(mean)), float(np.exp(mean))
     half = float(
-        stats.t.ppf(0.5 + confidence / 2, log_scales.size - 1) * np.std(log_scales, ddof=1) / np.sqrt(log_scales.size)
+        special.stdtrit(log_scales.size - 1, 0.5 + confidence / 2)
+        * np.std(log_scales, ddof=1)
+        / np.sqrt(log_scales.size)
     )
     return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
 
@@ -138,4 +140,4 @@ def mean_interval(values: Floats, confidence: float) -> tuple[float, float, floa
 
 def share_upper_limit(found: int, asked: int, confidence: float) -> float:
     """The Clopper-Pearson upper limit of a share (Clopper and Pearson 1934, Biometrika 26)."""
-    return 1.0 if found >= asked else float(stats.beta.ppf(confidence, found + 1, asked - found))
+    return 1.0 if found >= asked else float(special.betaincinv(found + 1, asked - found, confidence))

@@ -1,0 +1,524 @@
+"""OpenAI-style chat completions: what is asked, and that no answer whatsoever breaks the reading."""
+
+import base64
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from weighbridge.canonical import canonical_bytes, rounded
+from weighbridge.dialects import DIALECTS
+from weighbridge.dialects.openai_chat import OpenAIChat
+from weighbridge.records import Endpoint, Exchange, FailureCode, Message, Observation, Received, Sent
+
+few = settings(derandomize=True, deadline=None, max_examples=150)
+DIALECT = OpenAIChat()
+FAULTS_WITHOUT_ANSWER = {"html", "truncated_json", "not_json", "not_an_object", "error_object", "no_choices"}
+FAULTS_WITH_ANSWER = {"end_of_turn", "no_logprobs", "bad_logprobs"}
+ESCAPES = "\x1b[31mred\x1b[0m\x07\x9b2J\r\n\x00\u202e"
+
+
+def entry(token: str, logprob: Any, **more: Any) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode()), **more}
+
+
+def answer(*top: Any) -> dict[str, Any]:
+    """A whole, valid answer."""
+    entries = list(top) or [entry(" the", -0.7), entry(" a", -1.5), entry(" one", -3.0)]
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "some-model",
+        "provider": "some-host",
+        "system_fingerprint": "fp_1",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": " the"},
+                "finish_reason": "length",
+                "logprobs": {
+                    "content": [{"token": " the", "logprob": -0.7, "bytes": [32, 116], "top_logprobs": entries}]
+                },
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 40,
+            "completion_tokens": 1,
+            "total_tokens": 41,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
+    }
+
+
+def attempt(number: int = 1, **received: Any) -> Exchange:
+    facts: dict[str, Any] = {"status": 200, "headers": {}, "latency_s": 0.25} | received
+    return Exchange(
+        sent=Sent(request_id="probe-0001", attempt=number, sent_at="2026-01-01T00:00:00Z", body={}),
+        received=Received(request_id="probe-0001", attempt=number, **facts),
+    )
+
+
+def observe(body: str, **received: Any) -> Observation:
+    return DIALECT.observe("p-1", [attempt(body_text=body, **received)])
+
+
+def observe_json(value: Any, **received: Any) -> Observation:
+    return observe(json.dumps(value), **received)
+
+
+def tokens(observation: Observation) -> list[tuple[str, float]]:
+    assert observation.top is not None, observation
+    return [(bytes.fromhex(t.bytes_hex).decode(), t.logprob_nats) for t in observation.top]
+
+
+def assert_sane(observation: Observation) -> None:
+    """What every observation holds, whatever was sent."""
+    shown = (
+        observation.fault_detail, observation.model_named, observation.provider_named, observation.fingerprint,
+        observation.finish_reason,
+    )  # fmt: skip
+    for text in shown:
+        assert text is None or text.isprintable()
+        assert text is None or len(text) <= 1000
+    for count in (observation.prompt_tokens, observation.completion_tokens, observation.cached_tokens):
+        assert count is None or 0 <= count < 10**9
+    if observation.top is None:
+        assert observation.fault is not None
+        assert observation.answered == (observation.fault in FAULTS_WITH_ANSWER)
+        assert observation.answered or observation.fault in FAULTS_WITHOUT_ANSWER or observation.fault[:5] == "http_"
+    else:
+        assert observation.answered
+        assert observation.fault is None
+        names = [token.bytes_hex for token in observation.top]
+        values = [token.logprob_nats for token in observation.top]
+        assert names
+        assert len(set(names)) == len(names)
+        assert all(bytes.fromhex(name) for name in names)
+        assert values == sorted(values, reverse=True)
+        assert all(math.isfinite(value) and -9999 < value <= 1e-4 for value in values)
+        assert sum(math.exp(value) for value in values) <= 1.001 + 1e-9
+    # It can be published: canonical JSON knows neither NaN nor lone surrogates nor integers beyond 2**53.
+    assert canonical_bytes(rounded(observation.model_dump(mode="json", by_alias=True)))
+
+
+# -- asking ----------------------------------------------------------------------------------------------------
+
+
+def endpoint(**more: Any) -> Endpoint:
+    return Endpoint(name="e", base_url="https://api.example.com/v1", model="some-model", **more)
+
+
+def body(asked: Endpoint, top_logprobs: int = 20) -> dict[str, Any]:
+    messages = [Message(role="system", content="Be brief."), Message(role="user", content="Say a word.")]
+    return DIALECT.body(asked, messages, temperature=1.0, top_logprobs=top_logprobs, seed=7)
+
+
+def test_every_sampling_parameter_is_stated() -> None:
+    assert body(endpoint()) == {
+        "model": "some-model",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say a word."}],
+        "max_tokens": 1,
+        "n": 1,
+        "temperature": 1.0,
+        "top_p": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "seed": 7,
+        "stream": False,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+
+
+def test_logprobs_are_not_mentioned_where_none_are_asked_for() -> None:
+    assert not {"logprobs", "top_logprobs"} & set(body(endpoint(), top_logprobs=0))
+
+
+def test_extra_body_is_merged_and_wins() -> None:
+    asked = endpoint(extra_body={"top_k": -1, "seed": 8, "provider": {"order": ["one"]}})
+    assert body(asked) == {**body(endpoint()), "top_k": -1, "seed": 8, "provider": {"order": ["one"]}}
+
+
+def test_a_body_does_not_change_the_endpoint() -> None:
+    asked = endpoint(extra_body={"top_k": -1})
+    body(asked)["added"] = True
+    assert asked.extra_body == {"top_k": -1}
+
+
+def test_the_dialect_is_registered() -> None:
+    assert isinstance(DIALECTS["openai-chat"], OpenAIChat)
+
+
+# -- reading a valid answer ------------------------------------------------------------------------------------
+
+
+def test_a_valid_answer_is_read() -> None:
+    assert observe_json(answer()).model_dump(exclude={"top", "schema_"}) == {
+        "request_id": "probe-0001",
+        "probe_id": "p-1",
+        "answered": True,
+        "fault": None,
+        "fault_detail": None,
+        "status": 200,
+        "attempts": 1,
+        "latency_s": 0.25,
+        "model_named": "some-model",
+        "provider_named": "some-host",
+        "fingerprint": "fp_1",
+        "finish_reason": "length",
+        "prompt_tokens": 40,
+        "completion_tokens": 1,
+        "cached_tokens": 0,
+        "quirks": [],
+    }
+    assert tokens(observe_json(answer())) == [(" the", -0.7), (" a", -1.5), (" one", -3.0)]
+
+
+def test_the_last_attempt_decides() -> None:
+    tried = [attempt(1, status=500, body_text="no"), attempt(2, body_text=json.dumps(answer()))]
+    observation = DIALECT.observe("p-1", tried)
+    assert observation.answered
+    assert observation.attempts == 2
+
+
+def test_a_body_that_is_not_utf8_is_read_with_replacements() -> None:
+    raw = json.dumps(answer()).encode().replace(b"some-host", b"some-\xff")
+    observation = DIALECT.observe("p-1", [attempt(body_base64=base64.b64encode(raw).decode())])
+    assert observation.provider_named == "some-\ufffd"
+    assert observation.top is not None
+
+
+def test_a_list_is_ordered() -> None:
+    found = tokens(observe_json(answer(entry("b", -3.0), entry("c", -0.5), entry("a", -3.0))))
+    assert found == [("c", -0.5), ("a", -3.0), ("b", -3.0)]
+
+
+def test_a_sampled_token_appended_to_the_list_takes_its_place() -> None:
+    found = tokens(observe_json(answer(entry("a", -0.5), entry("b", -4.0), entry("sampled", -3.0))))
+    assert found == [("a", -0.5), ("sampled", -3.0), ("b", -4.0)]
+
+
+def test_a_sampled_token_that_stands_in_the_list_already_counts_once() -> None:
+    observation = observe_json(answer(entry("a", -0.5), entry("b", -2.0), entry("b", -2.0)))
+    assert tokens(observation) == [("a", -0.5), ("b", -2.0)]
+    assert observation.quirks == ["duplicate_token"]
+
+
+def test_the_first_of_two_values_for_a_token_counts() -> None:
+    observation = observe_json(answer(entry("a", -0.5), entry("a", -3.0)))
+    assert tokens(observation) == [("a", -0.5)]
+    assert observation.quirks == ["duplicate_token"]
+
+
+@pytest.mark.parametrize("sentinel", [-9998, -9999.0, -9999, -10000.5, -1e300])
+def test_sentinels_are_dropped_and_noted(sentinel: float) -> None:
+    observation = observe_json(answer(entry("a", -0.5), entry("b", sentinel)))
+    assert tokens(observation) == [("a", -0.5)]
+    assert observation.quirks == ["sentinel"]
+
+
+def test_a_list_of_sentinels_alone_is_no_list() -> None:
+    observation = observe_json(answer(entry("a", -9999), entry("b", -9999)))
+    assert (observation.answered, observation.fault, observation.quirks) == (True, "no_logprobs", ["sentinel"])
+
+
+@pytest.mark.parametrize("listed", [None, [], "abc", 7, {}])
+def test_bytes_that_are_absent_are_taken_from_the_text(listed: object) -> None:
+    observation = observe_json(answer(entry("é", -0.5, bytes=listed)))
+    assert tokens(observation) == [("é", -0.5)]
+    assert observation.quirks == ["bytes_absent"]
+
+
+def test_a_missing_bytes_field_is_taken_from_the_text() -> None:
+    assert tokens(observe_json(answer({"token": "x", "logprob": -0.5}))) == [("x", -0.5)]
+
+
+def test_a_token_shown_as_a_replacement_character_is_dropped() -> None:
+    observation = observe_json(answer(entry("a", -0.5), entry("\ufffd", -1.0, bytes=None)))
+    assert tokens(observation) == [("a", -0.5)]
+    assert observation.quirks == ["token_without_bytes"]
+
+
+def test_bytes_speak_for_a_token_that_is_no_text() -> None:
+    observation = observe_json(answer(entry("\ufffd", -1.0, bytes=[0xF0, 0x9F])))
+    assert observation.top is not None
+    assert [token.bytes_hex for token in observation.top] == ["f09f"]
+
+
+@pytest.mark.parametrize("wrong", [256, -1, 1.5, True, None, "97", 10**30, [97]])
+def test_a_list_with_what_is_no_byte_is_refused(wrong: object) -> None:
+    observation = observe_json(answer(entry("a", -0.5), entry("b", -1.0, bytes=[98, wrong])))
+    assert tokens(observation) == [("a", -0.5)]
+    assert observation.quirks == ["token_without_bytes"]
+
+
+def test_a_lone_surrogate_is_no_token() -> None:
+    observation = observe_json(answer(entry("a", -0.5), {"token": "\ud800", "logprob": -1.0}))
+    assert tokens(observation) == [("a", -0.5)]
+    assert "token_without_bytes" in observation.quirks
+
+
+@pytest.mark.parametrize("logprob", [None, "-1", True, False, [], {}, math.nan, math.inf, -math.inf])
+def test_a_logprob_that_is_no_number_spoils_the_list(logprob: object) -> None:
+    observation = observe_json(answer(entry("a", -0.5), entry("b", logprob)))
+    assert (observation.answered, observation.fault) == (True, "bad_logprobs")
+    assert_sane(observation)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("exponent", [308, 309, 4000])
+def test_a_logprob_may_be_a_huge_integer(exponent: int, sign: int) -> None:
+    assert_sane(observe_json(answer(entry("a", -0.5), entry("b", sign * 10**exponent))))
+
+
+@pytest.mark.parametrize(("logprob", "is_read"), [(0, True), (0.0, True), (1e-5, True), (0.001, False), (3, False)])
+def test_a_positive_logprob_is_refused_beyond_rounding(logprob: float, is_read: bool) -> None:
+    observation = observe_json(answer(entry("a", logprob), entry("b", -20)))
+    assert (observation.top is not None) == is_read
+    assert observation.fault == (None if is_read else "bad_logprobs")
+
+
+def test_probabilities_that_sum_to_more_than_one_are_refused() -> None:
+    observation = observe_json(answer(entry("a", -0.1), entry("b", -0.2)))
+    assert (observation.top, observation.fault) == (None, "bad_logprobs")
+
+
+def test_an_end_of_turn_is_told_from_missing_logprobs() -> None:
+    document = answer()
+    del document["choices"][0]["logprobs"]
+    assert observe_json(document).fault == "no_logprobs"
+    document["choices"][0]["message"]["content"] = ""
+    assert observe_json(document).fault == "end_of_turn"
+
+
+# -- reading what is no answer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "not_json"),
+        ("plain words", "not_json"),
+        ("<!doctype html><p>down</p>", "html"),
+        (json.dumps(answer())[:-20], "truncated_json"),
+        ("[" * 100_000, "truncated_json"),
+        ('{"a":' * 100_000, "truncated_json"),
+        ("1" * 5000, "not_json"),
+        ("[]", "not_an_object"),
+        ("null", "not_an_object"),
+        ("NaN", "not_an_object"),
+        ("{}", "no_choices"),
+        ('{"choices": []}', "no_choices"),
+        ('{"error": {"message": "no"}}', "error_object"),
+        ('{"error": "no"}', "error_object"),
+        ('{"error": [1]}', "error_object"),
+    ],
+)
+def test_what_is_no_answer_has_a_name(text: str, fault: str) -> None:
+    observation = observe(text)
+    assert (observation.answered, observation.fault) == (False, fault)
+    assert_sane(observation)
+
+
+@pytest.mark.parametrize("around", range(-12, 4))
+def test_nesting_near_the_recursion_limit_does_not_break_an_error_message(around: int) -> None:
+    """The deepest value that can be read must also be printable."""
+    depth = next(d for d in range(5, 100_000, 5) if observe(nested_error(d)).fault == "truncated_json")
+    assert_sane(observe(nested_error(depth + around)))
+
+
+def nested_error(depth: int) -> str:
+    return '{"error": ' + "[" * depth + "]" * depth + "}"
+
+
+@pytest.mark.parametrize("status", [201, 204, 400, 401, 404, 422, 429, 500, 503, 599])
+def test_a_status_is_a_fault(status: int) -> None:
+    observation = observe_json({"error": {"message": "because", "code": 7}}, status=status)
+    assert (observation.answered, observation.fault, observation.fault_detail) == (False, f"http_{status}", "because")
+
+
+def test_a_status_without_a_body_is_a_fault() -> None:
+    observation = DIALECT.observe("p-1", [attempt(status=502)])
+    assert (observation.fault, observation.fault_detail) == ("http_502", "no explanation")
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 307, 308, 399])
+def test_a_redirect_is_a_fault(status: int) -> None:
+    observation = observe("", status=status, headers={"location": "https://elsewhere.example"})
+    assert (observation.answered, observation.fault) == (False, "redirect")
+    assert "https://elsewhere.example" in (observation.fault_detail or "")
+
+
+@pytest.mark.parametrize("failure", ["unknown_host", "refused", "tls", "timeout", "connection_lost", "too_large"])
+def test_a_failure_of_the_transport_is_a_fault(failure: FailureCode) -> None:
+    observation = DIALECT.observe("p-1", [attempt(status=None, failure=failure, failure_detail="why")])
+    assert (observation.answered, observation.fault, observation.fault_detail) == (False, failure, "why")
+
+
+@pytest.mark.parametrize(
+    "received",
+    [
+        pytest.param({"body_text": json.dumps({"error": {"message": ESCAPES}}), "status": 400}, id="message"),
+        pytest.param({"body_text": json.dumps({"error": {"code": ESCAPES}}), "status": 400}, id="code"),
+        pytest.param({"body_text": json.dumps({"error": ESCAPES}), "status": 500}, id="text"),
+        pytest.param({"body_text": json.dumps({"error": {"message": [ESCAPES]}})}, id="list"),
+        pytest.param({"body_text": json.dumps({"error": {"message": ESCAPES}})}, id="error-object"),
+        pytest.param({"body_text": ESCAPES, "status": 503}, id="plain-error"),
+        pytest.param({"body_text": ESCAPES}, id="not-json"),
+        pytest.param({"body_text": "<html>" + ESCAPES}, id="html"),
+        pytest.param({"body_text": '{"model": "' + ESCAPES}, id="torn"),
+        pytest.param({"body_text": "", "status": 302, "headers": {"location": ESCAPES}}, id="location"),
+        pytest.param({"status": None, "failure": "tls", "failure_detail": ESCAPES}, id="failure"),
+    ],
+)
+def test_no_control_character_survives_into_a_fault(received: dict[str, Any]) -> None:
+    observation = DIALECT.observe("p-1", [attempt(**received)])
+    assert not observation.answered
+    assert observation.fault_detail is not None
+    assert observation.fault_detail.isprintable()
+
+
+def test_no_control_character_survives_into_a_name() -> None:
+    document = answer()
+    document |= {"model": ESCAPES, "provider": ESCAPES, "system_fingerprint": ESCAPES}
+    document["choices"][0]["finish_reason"] = ESCAPES
+    assert_sane(observe_json(document))
+
+
+def test_a_body_that_is_not_base64_is_a_fault() -> None:
+    """The body of an exchange in a stranger's run folder may be anything."""
+    assert not DIALECT.observe("p-1", [attempt(body_base64="a")]).answered
+
+
+# -- whatever comes --------------------------------------------------------------------------------------------
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**53, 2**64, 10**15, -(10**15), 10**308, 10**400, -(10**400)])
+    | st.floats()
+    | st.text(st.characters(), max_size=20)
+)
+json_values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(), max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def slots(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value inside a JSON value."""
+    found = [path]
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        found += slots(one, (*path, key))
+    return found
+
+
+def with_slot(document: dict[str, Any], path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    changed = copy.deepcopy(document)
+    place: Any = changed
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return changed
+
+
+SLOTS = slots(answer())
+WRONG: list[Any] = [
+    None, True, False, 0, 1, -1, 1.5, -1e308, math.nan, math.inf, -math.inf, 10**15, 10**400, -(10**400), "", "x",
+    "\ud800", "\x1b[31m", "é" * 5000, [], [None], [[]], [{}], [0] * 300, {}, {"content": None}, {"x": [1]},
+]  # fmt: skip
+
+
+@given(json_values)
+@few
+def test_any_json_value_is_read(value: Any) -> None:
+    assert_sane(observe_json(value))
+
+
+@given(json_values, st.sampled_from([None, 200, 204, 301, 400, 404, 500]))
+@few
+def test_any_json_value_is_read_under_any_status(value: Any, status: int | None) -> None:
+    assert_sane_or_redirect(observe_json({"error": value}, status=status))
+
+
+def assert_sane_or_redirect(observation: Observation) -> None:
+    if observation.fault == "redirect":
+        assert not observation.answered
+    else:
+        assert_sane(observation)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+@example("\ufeff{}")
+@example("-")
+@few
+def test_any_text_is_read(text: str) -> None:
+    assert_sane(observe(text))
+
+
+@given(st.binary(max_size=200))
+@few
+def test_any_bytes_are_read(raw: bytes) -> None:
+    assert_sane(DIALECT.observe("p-1", [attempt(body_base64=base64.b64encode(raw).decode())]))
+
+
+@pytest.mark.parametrize("path", SLOTS, ids=lambda path: ".".join(map(str, path)) or "whole")
+def test_every_slot_may_hold_the_wrong_thing(path: tuple[Any, ...]) -> None:
+    for wrong in WRONG:
+        assert_sane(observe_json(with_slot(answer(), path, wrong)))
+
+
+@given(st.sampled_from(SLOTS), json_values)
+@few
+def test_every_slot_may_hold_anything(path: tuple[Any, ...], value: Any) -> None:
+    assert_sane(observe_json(with_slot(answer(), path, value)))
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "token": st.text(st.characters(), max_size=6) | scalars,
+                "logprob": st.floats(-12_000, 0) | st.sampled_from([-0.0, -9999.0, -9998.0, -9997.9]) | scalars,
+                "bytes": st.none() | st.lists(st.integers(-1, 256), max_size=4) | scalars,
+            },
+        ),
+        max_size=25,
+    )
+)
+@few
+def test_any_list_of_entries_is_read(entries: list[dict[str, Any]]) -> None:
+    document = answer()
+    document["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = entries
+    assert_sane(observe_json(document))
+
+
+@given(st.integers(0, 400))
+@few
+def test_an_answer_torn_anywhere_is_a_fault(length: int) -> None:
+    observation = observe(json.dumps(answer())[:length])
+    assert not observation.answered
+    assert_sane(observation)
+
+
+@given(st.lists(st.tuples(st.text(min_size=1, max_size=5), st.floats(-30, -4)), min_size=1, max_size=40))
+@few
+def test_every_usable_entry_is_kept_once(pairs: list[tuple[str, float]]) -> None:
+    observation = observe_json(answer(*(entry(token, logprob) for token, logprob in pairs)))
+    expected: dict[str, float] = {}
+    for token, logprob in pairs:
+        expected.setdefault(token, logprob)
+    assert dict(tokens(observation)) == expected
