@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jinja2
 import pytest
 
 import weighbridge.audit
@@ -17,7 +18,7 @@ import weighbridge.plan
 from weighbridge.cli import main
 from weighbridge.reference.bundle import Bundle
 
-REFERENCE = "/tmp/ft/pb"
+REFERENCE = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,15 @@ def faster(already_known: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> No
 
         monkeypatch.setattr(module, name, known)
 
+    def page(**options: Any) -> jinja2.Environment:
+        if "page" not in already_known:
+            already_known["page"] = environment(**options)
+        return cast(jinja2.Environment, already_known["page"])
+
     once(weighbridge.audit, "build_library")
     once(weighbridge.plan, "pool_of")
+    environment = jinja2.Environment
+    monkeypatch.setattr(jinja2, "Environment", page)
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 

@@ -230,9 +230,9 @@ def manifest_with_an_unknown_reference_stack(bundle: Path) -> None:
     change_manifest(bundle, reference_stack="nobody")
 
 
-def manifest_with_a_probe_that_the_pool_lacks(bundle: Path) -> None:
+def manifest_with_probes_that_the_pool_lacks(bundle: Path) -> None:
     probes = json.loads((bundle / "manifest.json").read_bytes())["probe_ids"]
-    change_manifest(bundle, probe_ids=["nowhere-001", *probes[1:]])
+    change_manifest(bundle, probe_ids=[f"nowhere-{probe_id}" for probe_id in probes])
 
 
 def manifest_with_a_probe_twice(bundle: Path) -> None:
@@ -362,7 +362,7 @@ BROKEN_BUNDLES: dict[Callable[[Path], None], str] = {
     manifest_of_another_pool: "the pool",
     manifest_of_an_unknown_pool: "'../../etc'",
     manifest_with_an_unknown_reference_stack: "reference stack",
-    manifest_with_a_probe_that_the_pool_lacks: "nowhere-001",
+    manifest_with_probes_that_the_pool_lacks: "nowhere-",
     manifest_with_a_probe_twice: "",
     manifest_without_stacks: "",
     arrays_without_hypotheses: "",

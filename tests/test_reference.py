@@ -12,7 +12,7 @@ from weighbridge.errors import BundleError, ConfigurationError
 from weighbridge.lab.variants import OFFICIAL_TEMPLATE, VARIANTS
 from weighbridge.lab.weights import MODEL_SHA256
 from weighbridge.paths import cache_folder, data_path
-from weighbridge.records import read_toml
+from weighbridge.records import Message, read_toml
 from weighbridge.reference import build
 from weighbridge.reference.build import Spec, build_bundle
 from weighbridge.reference.bundle import EMBEDDED, load_bundle
@@ -76,7 +76,7 @@ def test_a_build_goes_on_where_it_was_interrupted(spec: Path, tmp_path: Path, mo
     asked: list[str] = []
     honest_answer = build.TrustedServer.answer
 
-    def failing(self: build.TrustedServer, messages: list[build.Message], seed: int) -> build.Answer:
+    def failing(self: build.TrustedServer, messages: list[Message], seed: int) -> build.Answer:
         asked.append(messages[-1].content + self.name)
         if len(asked) == 11:
             raise BundleError("the power failed", "Run the build again")

@@ -37,7 +37,7 @@ def test_audit_runs_from_an_installed_wheel(tmp_path: Path) -> None:
     }
     with lab_endpoint(VARIANTS["q4_0"], Lies(), lambda _: None) as front:
         command = [
-            tmp_path / "fresh" / "bin" / "weighbridge", "audit", "--base-url", front.base_url, "--model", "SmolLM2-135M-Instruct",
+            str(tmp_path / "fresh" / "bin" / "weighbridge"), "audit", "--base-url", front.base_url, "--model", "SmolLM2-135M-Instruct",
             "--reference", "smollm2-135m-instruct", "--max-requests", "40", "--seed", "wheel", "--json",
         ]  # fmt: skip
         done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)

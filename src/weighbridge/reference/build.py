@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,8 +19,8 @@ from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, file_sha256, rounded, sha256_hex, write_atomically
 from weighbridge.errors import BundleError, ConfigurationError
 from weighbridge.lab.provider import lab_backend
-from weighbridge.lab.variants import VARIANTS
-from weighbridge.lab.weights import fetch_model, matrix_bits
+from weighbridge.lab.variants import OFFICIAL_TEMPLATE, VARIANTS
+from weighbridge.lab.weights import matrix_bits, weight_file
 from weighbridge.probes import Pool, load_pool
 from weighbridge.records import Cause, Endpoint, Limits, Message, Probe, Record
 from weighbridge.reference.bundle import HypothesisRecord, Manifest, StackRecord, WeightsSource, incomplete
@@ -309,12 +310,11 @@ def _stack_record(stack: StackSpec, missing: int, say: Callable[[str], None]) ->
             engine=stack.engine, settings=stack.settings, start_command=stack.start_command,
             weights_sha256=stack.weights_sha256, missing=missing,
         )  # fmt: skip
-    from importlib.metadata import version
-
     variant = VARIANTS[stack.lab_variant]
-    fetch_model(say)
+    template = variant.template or OFFICIAL_TEMPLATE
     return StackRecord(
         id=stack.id, description=variant.description, departure=variant.departure, departure_class=stack.departure_class,
         bits_held=matrix_bits(variant.weights), engine=f"llama.cpp server of xllamacpp {version('xllamacpp')}, CPU",
-        settings=dict(vars(variant.settings)), start_command=f"weighbridge lab serve --variant {variant.name}", missing=missing,
+        settings=dict(vars(variant.settings)), start_command=f"weighbridge lab serve --variant {variant.name}",
+        weights_sha256=file_sha256(weight_file(variant.weights, say)), template_sha256=sha256_hex(template.encode()), missing=missing,
     )  # fmt: skip

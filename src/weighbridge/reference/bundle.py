@@ -21,7 +21,7 @@ from weighbridge.paths import data_path
 from weighbridge.records import BundleIdentity, Cause, PoolIdentity, Record, checked
 
 # The embedded bundles, pinned: the digest of each one's manifest.
-EMBEDDED = {"smollm2-135m-instruct": "0"}
+EMBEDDED = {"smollm2-135m-instruct": "0b252dec5e820d3a843b943b7fb0114891d7e23ccea31b4abfebc3d8caaeff71"}
 MAX_UNPACKED_BYTES = 2 * 2**30
 MAX_MANIFEST_BYTES = 16 * 2**20
 
