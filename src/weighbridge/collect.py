@@ -158,12 +158,12 @@ def is_transient(received: Received) -> bool:
 def _wait_s(received: Received, tried: int) -> float:
     """Retry-After where the endpoint gives one, else a doubling wait with jitter."""
     asked = received.headers.get("retry-after", "").strip()
-    if asked.isdigit():
+    if asked.isdecimal() and asked.isascii():
         return float(asked)
     if asked:
         try:
             return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             pass
     return FIRST_WAIT_S * 2.0 ** (tried - 1) * random.uniform(1, 1.5)  # noqa: S311 - jitter
 

@@ -8,8 +8,9 @@ import os
 import re
 import secrets
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import filelock
 
@@ -29,24 +30,24 @@ class Key:
 
     def redact(self, text: str) -> str:
         """Replace the key, and its usual encodings, wherever they stand in a text."""
-        for form in self._forms():
-            text = text.replace(form, REDACTED)
-        return text
+        return self._pattern.sub(REDACTED, text)
 
     def stands_in(self, text: str) -> bool:
         """Whether the key or one of its usual encodings stands in a text."""
-        return any(form in text for form in self._forms())
+        return self._pattern.search(text) is not None
 
-    def _forms(self) -> tuple[str, ...]:
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
         raw = self.value.encode()
-        return (
-            self.value,
-            json.dumps(self.value)[1:-1],
-            quote(self.value, safe=""),
-            base64.b64encode(raw).decode().rstrip("="),
-            base64.urlsafe_b64encode(raw).decode().rstrip("="),
-            raw.hex(),
-        )
+        # Each character as it is, percent-encoded, or as JSON may escape it.
+        written = "".join(rf"(?:\\?{re.escape(c)}|%(?i:{ord(c):02x})|\\u00(?i:{ord(c):02x}))" for c in self.value)
+        forms = [written, rf"(?i:{raw.hex()})"]
+        # Base64 of a longer text that holds the key: three alignments, less the characters that its neighbours share.
+        for before, skip in ((0, 0), (1, 2), (2, 3)):
+            whole = (before + len(raw)) * 8 // 6
+            for encode in (base64.b64encode, base64.urlsafe_b64encode):
+                forms.append(re.escape(encode(bytes(before) + raw).decode()[skip:whole]))
+        return re.compile("|".join(forms))
 
 
 def trust_file() -> Path:
@@ -67,7 +68,7 @@ def key_for(name: str | None, origin: str) -> Key | None:
     """
     if name is None:
         return None
-    if not _KEY_NAME.match(name):
+    if not _KEY_NAME.fullmatch(name):
         raise KeyRefusedError(
             f"api_key_env {name!r} does not look like a key's name", "Use a variable named *_API_KEY or *_AUTH_TOKEN"
         )
@@ -87,8 +88,8 @@ def _bind(name: str, origin: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(str(path) + ".lock"):
         try:
-            known: dict[str, str] = json.loads(path.read_text("utf-8"))["origin_of_key"] if path.exists() else {}
-        except (ValueError, KeyError, OSError):
+            known: dict[str, str] = _origins(path) if path.exists() else {}
+        except (ValueError, KeyError, TypeError, OSError):
             raise ConfigurationError(f"{path} cannot be read", "Repair or remove it") from None
         bound = known.get(name)
         if bound == origin:
@@ -102,6 +103,13 @@ def _bind(name: str, origin: str) -> None:
         document = {"schema": "weighbridge/trust/1", "origin_of_key": {**known, name: origin}}
         write_atomically(path, (json.dumps(document, indent=2) + "\n").encode())
         path.chmod(0o600)
+
+
+def _origins(path: Path) -> dict[str, str]:
+    known = json.loads(path.read_text("utf-8"))["origin_of_key"]
+    if not isinstance(known, dict) or not all(isinstance(v, str) for v in known.values()):
+        raise ValueError
+    return known
 
 
 def _is_loopback(origin: str) -> bool:

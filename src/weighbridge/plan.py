@@ -39,6 +39,12 @@ def pool_of(bundle: Bundle) -> Pool:
             f"the pool {bundle.manifest.pool.id} at hand is not the one that the bundle {bundle.manifest.id} was recorded on",
             "Use the version of Weighbridge that carries that pool, or put the pool into the bundle's folder as pool/",
         )
+    unknown = set(bundle.manifest.probe_ids) - {probe.id for probe in pool.probes}
+    if unknown:
+        raise BundleError(
+            f"the bundle {bundle.manifest.id} names the probe {min(unknown)}, which its pool lacks",
+            "Record the bundle again",
+        )
     return pool
 
 

@@ -3,12 +3,14 @@
 Every file of a run folder holds records of this module; each carries the name and version of its schema.
 """
 
+import base64
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from weighbridge.errors import ConfigurationError
 
@@ -87,11 +89,26 @@ class Endpoint(Record):
             raise ValueError("must be a URL such as https://api.example.com/v1")
         if parts.username or parts.password:
             raise ValueError("must not hold credentials; name the key's environment variable in api_key_env")
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError("must hold a port between 0 and 65535, or none") from None
+        if not value.isprintable():
+            raise ValueError("must not hold control characters")
         if parts.query or parts.fragment:
             raise ValueError("must not hold a query string or a fragment")
         if parts.scheme == "http" and parts.hostname not in LOOPBACK_HOSTS:
             raise ValueError("must use https unless the host is this machine (127.0.0.1, localhost, ::1)")
         return value.rstrip("/")
+
+    @field_validator("extra_body")
+    @classmethod
+    def _json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("holds a value that JSON lacks, such as a date or nan") from None
+        return value
 
     @model_validator(mode="after")
     def _cost_needs_price(self) -> Self:
@@ -222,6 +239,14 @@ FailureCode = Literal[
 ]  # fmt: skip
 
 
+def _base64(value: str) -> str:
+    base64.b64decode(value, validate=True)
+    return value
+
+
+Base64 = Annotated[str, AfterValidator(_base64)]
+
+
 class Sent(Record):
     """An attempt that is about to be sent; written and synced before it is."""
 
@@ -240,7 +265,7 @@ class Received(Record):
     attempt: int
     status: int | None = None
     headers: dict[str, str]
-    body_base64: str | None = Field(default=None, description="the body where it is not UTF-8 text")
+    body_base64: Base64 | None = Field(default=None, description="the body where it is not UTF-8 text")
     body_text: str | None = Field(default=None, description="the body where it is UTF-8 text")
     body_sha256: str | None = Field(default=None, description="of the decoded body before redaction")
     redacted: bool = False

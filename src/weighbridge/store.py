@@ -56,7 +56,10 @@ class RunFolder:
                 f"{path} already holds a run", f"Choose another --out, or go on with: weighbridge resume {path}"
             )
         document = plan_bytes(plan)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be made ({error.strerror})", "Choose another --out") from None
         write_atomically(path / "owner", owner_mark(document).encode())
         write_atomically(path / "plan.json", document)
         return cls(path)

@@ -61,11 +61,11 @@ class _BodyError(Exception):
 class _BoundedTransport(httpx2.AsyncBaseTransport):
     """Reads at most `MAX_BODY_BYTES` decoded bytes and notes what came back in the current `Reply`."""
 
-    def __init__(self, key: Key | None, identify_client: bool, connections: int) -> None:
+    def __init__(self, key: Key | None, connections: int) -> None:
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
         self._inner = httpx2.AsyncHTTPTransport(limits=limits, trust_env=False)
         self._key = key
-        self._identify_client = identify_client
+        self.identity = {"user-agent": "python"}
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         reply = _current.get()
@@ -75,9 +75,17 @@ class _BoundedTransport(httpx2.AsyncBaseTransport):
         try:
             reply.status = response.status_code
             reply.headers = {
-                name: response.headers[name][:_MAX_HEADER_CHARS] for name in _KEPT_HEADERS if name in response.headers
+                name: self._redacted(response.headers[name])[:_MAX_HEADER_CHARS]
+                for name in _KEPT_HEADERS
+                if name in response.headers
             }
-            reply.body = await _read_bounded(response, reply, started)
+            try:
+                reply.body = await _read_bounded(response, reply, started)
+            except _BodyError as error:
+                if error.code == "too_large" and reply.body is not None:
+                    kept = self._redacted(reply.body.decode("latin-1")).encode("latin-1")
+                    reply.body = kept[:KEPT_OF_OVERSIZED_BYTES]
+                raise
         finally:
             await response.aclose()
         return httpx2.Response(response.status_code, headers={"content-type": "application/json"}, content=reply.body)
@@ -85,14 +93,14 @@ class _BoundedTransport(httpx2.AsyncBaseTransport):
     def _outgoing_headers(self, headers: httpx2.Headers) -> httpx2.Headers:
         """Only headers that are meant: what `openai` may have taken from the environment never leaves."""
         names = ["host", "content-type", "content-length", "transfer-encoding", "accept", "connection"]
-        if self._identify_client:
-            names += ["user-agent", *(name for name in headers if name.startswith("x-stainless-"))]
         kept = {name: headers[name] for name in names if name in headers}
-        kept["accept-encoding"] = "gzip, deflate"
-        kept.setdefault("user-agent", "python")
+        kept |= {"accept-encoding": "gzip, deflate", **self.identity}
         if self._key is not None:
             kept["authorization"] = f"Bearer {self._key.value}"
         return httpx2.Headers(kept)
+
+    def _redacted(self, text: str) -> str:
+        return text if self._key is None else self._key.redact(text)
 
     async def aclose(self) -> None:
         await self._inner.aclose()
@@ -115,7 +123,7 @@ async def _read_bounded(response: httpx2.Response, reply: Reply, started: float)
         except zlib.error as error:
             raise _BodyError("bad_encoding", f"the answer cannot be decompressed ({error})") from None
         if len(body) > MAX_BODY_BYTES:
-            reply.body = bytes(body[:KEPT_OF_OVERSIZED_BYTES])
+            reply.body = bytes(body[: 2 * KEPT_OF_OVERSIZED_BYTES])
             raise _BodyError(
                 "too_large", f"the answer is larger than {MAX_BODY_BYTES // 2**20} MiB; its beginning is kept"
             )
@@ -136,8 +144,9 @@ class Transport:
     def __init__(self, endpoint: Endpoint, key: Key | None) -> None:
         self._timeout_s = endpoint.limits.timeout_s
         self._key = key
+        bounded = _BoundedTransport(key, endpoint.limits.concurrency)
         self._http = httpx2.AsyncClient(
-            transport=_BoundedTransport(key, endpoint.identify_client, endpoint.limits.concurrency),
+            transport=bounded,
             trust_env=False,
             follow_redirects=False,
             timeout=None,
@@ -145,6 +154,10 @@ class Transport:
         self._client = openai.AsyncOpenAI(
             api_key="none", base_url=endpoint.base_url, http_client=self._http, max_retries=0
         )
+        if endpoint.identify_client:
+            # Taken from the library itself: the headers of a request may hold what the environment told it to add.
+            headers = {"user-agent": self._client.user_agent, **self._client.platform_headers()}
+            bounded.identity = {name.lower(): value for name, value in headers.items()}
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,6 +1,8 @@
 """The command line: one file a command. stdout is data, stderr is talk."""
 
 import sys
+import traceback
+from pathlib import Path
 
 import click
 
@@ -22,7 +24,7 @@ def cli() -> None:
     """Weigh hosted language-model endpoints against recorded runs of the original weights.
 
     Exit codes: 0 consistent, 1 differs, 2 usage or configuration, 3 inconclusive, 4 endpoint unreachable or
-    refused, 5 budget exhausted before an answer, 130 interrupted.
+    refused, 5 budget exhausted before an answer, 130 interrupted, 70 a fault of Weighbridge's own.
     """
 
 
@@ -48,4 +50,12 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
         click.echo("interrupted", err=True)
+    except Exception as error:  # noqa: BLE001 - exit code 1 says "differs": a fault of ours must never say that
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        code = 70
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        click.echo(
+            f"error: a fault of Weighbridge's own ({type(error).__name__} in {where}). Please report it; what was collected is kept",
+            err=True,
+        )
     sys.exit(code if isinstance(code, int) else 0)

@@ -40,6 +40,7 @@ def audit_command(out: Path | None, seed: str | None, fail_on: str, as_json: boo
         f"auditing {endpoint.name}: at most {plan.estimate.requests} requests, run folder {folder.path}",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     try:
         with progress_bar(endpoint.name) as onlooker:

@@ -55,7 +55,7 @@ def resume_command(
         with progress_bar(endpoint.name) as onlooker:
             collect_run(folder, plan, endpoint, bundle, key, onlooker)
     except KeyboardInterrupt:
-        talk.print(f"interrupted; go on with: weighbridge resume {run}", markup=False, highlight=False)
+        talk.print(f"interrupted; go on with: weighbridge resume {run}", markup=False, highlight=False, soft_wrap=True)
         return 130
     judged = judge_and_report(folder, bundle)
     show_run(folder, *judged, as_json)

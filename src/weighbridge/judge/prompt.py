@@ -80,7 +80,10 @@ def _explain(bundle: Bundle, probe_ids: list[str], offsets: Any, case: Case) -> 
     with_system = {r.probe.id: r.probe.messages[0].role == "system" for r in case.plan.probe_requests}
     groups = [offsets[0][[with_system.get(p, False) == kind for p in probe_ids]] for kind in (False, True)]
     groups = [g for g in groups if g.size]
-    modes = [int(np.bincount(g - g.min()).argmax() + g.min()) for g in groups]
+    modes = []
+    for group in groups:
+        found, times = np.unique(group, return_counts=True)
+        modes.append(int(found[times.argmax()]))
     if all((g == mode).mean() >= MATCHING_SHARE for g, mode in zip(groups, modes, strict=True)):
         extra = modes[0]
         if min(modes) > 0:
@@ -92,7 +95,7 @@ def _explain(bundle: Bundle, probe_ids: list[str], offsets: Any, case: Case) -> 
             "template",
             f"The prompts differ from the official rendering by constants ({', '.join(f'{m:+d}' for m in modes)} tokens over {n} prompts), as no recorded rendering does",
         )
-    if case.residuals is not None and case.residuals.listed_share.mean() < 0.5:
+    if case.residuals is not None and case.residuals.listed_share.size and case.residuals.listed_share.mean() < 0.5:
         return (
             "other_model",
             f"The token counts of {n} prompts follow no rendering, and most returned tokens are unknown to the reference: another tokenizer",

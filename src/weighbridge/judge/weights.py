@@ -87,6 +87,13 @@ def check_weights(case: Case) -> Finding:
         )
     if case.capability.top_logprobs < MIN_TOP_LOGPROBS:
         returned = case.capability.top_logprobs
+        unusable = next((o.fault_detail for o in case.answers if o.fault == "bad_logprobs"), None)
+        if unusable is not None:
+            return Finding(
+                check="weights", axis="weights", outcome="not_supported",
+                summary=f"The endpoint returns logprobs that cannot be used: {unusable}",
+                to_resolve="Ask the host for logprobs that are those of a distribution",
+            )  # fmt: skip
         return Finding(
             check="weights", axis="weights", outcome="not_supported",
             summary=f"The endpoint returns {'no' if returned == 0 else f'only {returned}'} logprobs; this version judges weights from at least {MIN_TOP_LOGPROBS}",

@@ -6,6 +6,7 @@ is unpacked, and nothing in a manifest names a path or is executed.
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,7 +169,10 @@ def resolve(name_or_folder: str) -> Path:
         If there is no such bundle.
     """
     if name_or_folder in EMBEDDED:
-        return data_path(f"reference_outputs/{name_or_folder}")
+        try:
+            return data_path(f"reference_outputs/{name_or_folder}")
+        except FileNotFoundError as error:
+            raise BundleError(str(error), "Install Weighbridge again") from None
     folder = Path(name_or_folder)
     if (folder / "manifest.json").is_file():
         return folder
@@ -190,6 +194,8 @@ def load_bundle(name_or_folder: str) -> Bundle:
     folder = resolve(name_or_folder)
     manifest = _read_manifest(folder / "manifest.json")
     problem = incomplete([(stack.id, stack.departure is None) for stack in manifest.stacks], manifest.reference_stack)
+    if problem is None and not manifest.hypotheses:
+        problem = "the official rendering's token counts are missing"
     if problem is not None or len(set(manifest.probe_ids)) != len(manifest.probe_ids):
         raise BundleError(f"{folder / 'manifest.json'}: {problem or 'a probe stands twice'}", "Record the bundle again")
     arrays = folder / "arrays.npz"
@@ -204,9 +210,22 @@ def load_bundle(name_or_folder: str) -> Bundle:
             f"the embedded bundle {name_or_folder} is not the one that this version pins", "Install Weighbridge again"
         )
     try:
-        return _unpack(manifest, folder, arrays)
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        bundle = _unpack(manifest, folder, arrays)
+    except (
+        ValueError,
+        KeyError,
+        OSError,
+        MemoryError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise BundleError(f"{arrays} cannot be read ({error})", "Fetch the bundle again") from None
+    if not bundle.usable_probe_ids:
+        raise BundleError(f"{arrays} holds no probe that every stack has answered", "Record the bundle again")
+    return bundle
 
 
 def incomplete(stacks: list[tuple[str, bool]], reference_stack: str) -> str | None:

@@ -43,4 +43,4 @@ def print_summary(console: Console, report: Report, folder: str) -> None:
             "dim",
         )
     )
-    console.print(_plain(f"report: {folder}/report.html", "dim"))
+    console.print(_plain(f"report: {folder}/report.html", "dim"), soft_wrap=True)
