@@ -257,6 +257,18 @@ def test_a_list_with_what_is_no_byte_is_refused(wrong: object) -> None:
     assert observation.quirks == ["token_without_bytes"]
 
 
+def test_a_special_token_without_text_and_bytes_is_kept_as_nameless() -> None:
+    observation = observe_json(answer(entry("", -0.1, bytes=[]), entry("a", -2.5), entry("", -4.0, bytes=None)))
+    assert observation.top is not None
+    assert [(token.bytes_hex, token.logprob_nats) for token in observation.top] == [("", -0.1), ("61", -2.5)]
+    assert observation.quirks == ["token_without_bytes"]
+
+
+def test_a_list_that_names_no_token_is_no_list_of_special_tokens() -> None:
+    observation = observe_json(answer(*[entry("", -2.0 - n, bytes=[]) for n in range(4)], entry("a", -2.5)))
+    assert tokens(observation) == [("a", -2.5)]
+
+
 def test_a_lone_surrogate_is_no_token() -> None:
     observation = observe_json(answer(entry("a", -0.5), {"token": "\ud800", "logprob": -1.0}))
     assert tokens(observation) == [("a", -0.5)]
@@ -388,11 +400,6 @@ def test_no_control_character_survives_into_a_name() -> None:
     document |= {"model": ESCAPES, "provider": ESCAPES, "system_fingerprint": ESCAPES}
     document["choices"][0]["finish_reason"] = ESCAPES
     assert_sane(observe_json(document))
-
-
-def test_a_body_that_is_not_base64_is_a_fault() -> None:
-    """The body of an exchange in a stranger's run folder may be anything."""
-    assert not DIALECT.observe("p-1", [attempt(body_base64="a")]).answered
 
 
 # -- whatever comes --------------------------------------------------------------------------------------------

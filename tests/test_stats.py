@@ -111,14 +111,14 @@ def test_the_log_scale_of_nothing_is_not_a_number(nothing: Floats) -> None:
     ],
 )
 def test_reference_at(column: int, endpoint_nats: float, expected: float) -> None:
-    found = reference_at(np.array([column]), floats(endpoint_nats), floats(-1, -2, NAN, -5))
+    found = reference_at(np.array([column]), floats(endpoint_nats), floats(-1, -2, NAN, -5), -5.0)
     np.testing.assert_equal(found, [expected])
 
 
 def test_the_stand_in_of_an_unlisted_token_understates_the_difference() -> None:
     row = floats(-1, -2, -5)
     true_reference = -7.0  # what the list is too short to say
-    stand_in = reference_at(np.array([-1]), floats(-4), row)[0]
+    stand_in = reference_at(np.array([-1]), floats(-4), row, -5.0)[0]
     assert 0 < -4 - stand_in < -4 - true_reference
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from weighbridge.records import Endpoint, Exchange, Message, Observation, Received, TopToken
 
+NAMELESS = ""  # stands for a special token, which servers list without text and without bytes
+_MOST_NAMELESS = 3  # a list with more of them does not name its tokens at all
 SENTINEL_NATS = -9998.0  # servers write -9999 for "outside the list"; no logprob of a listed token is that small
 _MAX_TEXT = 200
 _MAX_TOP = 10_000
@@ -84,10 +86,7 @@ class OpenAIChat:
 def _body(received: Received) -> str:
     if received.body_text is not None:
         return received.body_text
-    try:
-        return base64.b64decode(received.body_base64 or "").decode("utf-8", "replace")
-    except ValueError:
-        return ""
+    return base64.b64decode(received.body_base64 or "").decode("utf-8", "replace")
 
 
 def _parse(raw: str) -> tuple[Any, str | None]:
@@ -159,6 +158,7 @@ def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:
         return [], [], None
     quirks: set[str] = set()
     found: dict[str, float] = {}
+    nameless = 0
     for entry in entries[:_MAX_TOP]:
         if not isinstance(entry, dict):
             return [], sorted(quirks), "an entry of top_logprobs is not an object"
@@ -174,10 +174,17 @@ def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:
         if token is None:
             quirks.add("token_without_bytes")
             continue
+        if token == NAMELESS:
+            quirks.add("token_without_bytes")
+            nameless += 1
+            found[token] = max(float(logprob), found.get(token, -math.inf))
+            continue
         if token in found:
             quirks.add("duplicate_token")
             continue
         found[token] = float(logprob)
+    if nameless > _MOST_NAMELESS:
+        found.pop(NAMELESS)
     if sum(math.exp(value) for value in found.values()) > 1.001:
         return [], sorted(quirks), "the listed probabilities sum to more than 1"
     ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
@@ -185,14 +192,19 @@ def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:
 
 
 def _token_bytes(entry: dict[str, Any], quirks: set[str]) -> str | None:
-    """The token's bytes as hexadecimal digits: from ``bytes``, else from ``token`` where that is unambiguous."""
+    """The token's bytes as hexadecimal digits: from ``bytes``, else from ``token`` where that is unambiguous.
+
+    `NAMELESS` where both are empty, ``None`` where they cannot be understood.
+    """
     listed = entry.get("bytes")
     if isinstance(listed, list) and listed and len(listed) <= _MAX_TEXT:
         if all(isinstance(b, int) and not isinstance(b, bool) and 0 <= b <= 255 for b in listed):
             return bytes(listed).hex()
         return None
     text = entry.get("token")
-    if not isinstance(text, str) or not text or "�" in text or len(text) > _MAX_TEXT:
+    if text == "":
+        return NAMELESS
+    if not isinstance(text, str) or "�" in text or len(text) > _MAX_TEXT:
         return None
     quirks.add("bytes_absent")
     try:

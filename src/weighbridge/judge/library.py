@@ -24,6 +24,9 @@ class Library:
         The stacks that the policy accepts (without the reference itself), and all others.
     reference_nats : float array, shape (probes, top-K)
         The reference's logprobs.
+    most_unlisted_nats : float array, shape (probes,)
+        The most that a token can have in the reference if it is not found there by its bytes: the list's smallest,
+        or all that the list's tokens without bytes of their own (special tokens) have together.
     variant_differences_nats : float array, shape (variants, probes, top-K)
         Each variant's logprobs less the reference's.
     honest_log_scales, variant_log_scales : float array, shape (stacks, probes)
@@ -42,6 +45,7 @@ class Library:
     honest: list[StackRecord]
     variants: list[StackRecord]
     reference_nats: Floats
+    most_unlisted_nats: Floats
     variant_differences_nats: Floats
     honest_log_scales: Floats
     variant_log_scales: Floats
@@ -100,6 +104,7 @@ def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
         honest=honest,
         variants=variants,
         reference_nats=reference_rows,
+        most_unlisted_nats=_most_unlisted(bundle, rows, reference_rows),
         variant_differences_nats=differences,
         honest_log_scales=honest_scales,
         variant_log_scales=variant_scales,
@@ -108,6 +113,16 @@ def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
         null_sd=float(np.nanstd(null, axis=1).max()),
         null_cosines=cosines,
     )
+
+
+def _most_unlisted(bundle: Bundle, rows: NDArray[np.int64], reference_rows: Floats) -> Floats:
+    out = np.asarray(np.nanmin(reference_rows, axis=1))
+    for i, row in enumerate(rows.tolist()):
+        named = list(bundle.columns_of_probe(row).values())
+        nameless = np.exp(np.nan_to_num(np.delete(reference_rows[i], named), nan=-np.inf)).sum()
+        if nameless > 0:
+            out[i] = max(out[i], float(np.log(nameless)))
+    return out
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,9 @@ class Residuals:
         NaN where a list is shorter than k or a token is to be left out.
     variant_nats : float array, shape (variants, n, k)
         Each variant's difference from the reference at the endpoint's tokens.
+    unlisted_nats : float array, shape (n,)
+        By how much the likeliest token that the reference does not list exceeds all that it can have there; 0 if
+        it does not.
     listed_share : float array
         Share of the endpoint's tokens that stand in the reference's list, for every answer with logprobs.
     agrees : bool array, shape (n,)
@@ -132,6 +150,7 @@ class Residuals:
     endpoint_nats: Floats
     reference_nats: Floats
     variant_nats: Floats
+    unlisted_nats: Floats
     listed_share: Floats
     agrees: NDArray[np.bool_]
 
@@ -145,6 +164,7 @@ def residuals(library: Library, observations: list[Observation]) -> Residuals:
     endpoint_nats = np.full((n, k), np.nan)
     reference_nats = np.full((n, k), np.nan)
     variant_nats = np.full((len(library.variants), n, k), np.nan)
+    unlisted = np.zeros(n)
     listed = np.zeros(n)
     agrees = np.zeros(n, np.bool_)
     for i, observation in enumerate(usable):
@@ -156,18 +176,23 @@ def residuals(library: Library, observations: list[Observation]) -> Residuals:
         values = np.array([t.logprob_nats for t in top], np.float64)
         stands = columns >= 0
         endpoint_nats[i, : len(top)] = values
-        reference_nats[i, : len(top)] = reference_at(columns, values, library.reference_nats[row])
+        reference_nats[i, : len(top)] = reference_at(
+            columns, values, library.reference_nats[row], library.most_unlisted_nats[row]
+        )
         variant_nats[:, i, : len(top)] = np.where(stands, library.variant_differences_nats[:, row, columns], np.nan)
         listed[i] = stands.mean()
+        if not stands.all():
+            unlisted[i] = max(0.0, float(values[~stands].max() - library.most_unlisted_nats[row]))
         # A reference row is ordered: its most likely token stands first.
         agrees[i] = columns[0] == 0
-    # An answer of which too few tokens are known has no residual; it counts for nothing but `listed_share`.
-    known = np.isfinite(centred_difference(endpoint_nats, reference_nats)).any(axis=1)
+    # An answer of which too little is known has no residual; it counts for nothing but `listed_share`.
+    known = np.isfinite(centred_difference(endpoint_nats, reference_nats)).any(axis=1) | (unlisted > 0)
     return Residuals(
         probe_columns=np.array([column_of[o.probe_id] for o in usable], np.int64)[known],
         endpoint_nats=endpoint_nats[known],
         reference_nats=reference_nats[known],
         variant_nats=variant_nats[:, known],
+        unlisted_nats=unlisted[known],
         listed_share=listed,
         agrees=agrees[known],
     )

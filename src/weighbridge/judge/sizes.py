@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from weighbridge.judge.library import Library, Residuals
 from weighbridge.records import Policy
 from weighbridge.stats.evidence import bounded_mean_process, bounded_score_process, mixture, tilted_score
-from weighbridge.stats.residuals import centred_difference, direction_cosine, log_scale
+from weighbridge.stats.residuals import SMALLEST_SCALE_NATS, centred_difference, direction_cosine, log_scale
 
 Floats = NDArray[np.float64]
 
@@ -63,12 +63,17 @@ def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvide
     """Compute the evidence of all answers so far."""
     n, variants = residuals.endpoint_nats.shape[0], len(library.variants)
     centred = centred_difference(residuals.endpoint_nats, residuals.reference_nats)
+    # Where hardly a token is known there is nothing to centre. That a token which the reference does not list is
+    # likely is a difference all the same, at least as large as its distance from the list's end.
+    by_unlisted = np.log(np.maximum(residuals.unlisted_nats, SMALLEST_SCALE_NATS))
     log_scales = log_scale(centred)
+    log_scales = np.where(np.isfinite(log_scales), log_scales, by_unlisted)
     log_size = _size_process(library, log_scales, policy)
     cosines = direction_cosine(centred[None], residuals.variant_nats, residuals.reference_nats[None])
     left = log_scale(
         centred_difference(residuals.endpoint_nats[None], residuals.reference_nats[None] + residuals.variant_nats)
     )
+    left = np.where(np.isfinite(left), left, by_unlisted)
     log_remainder = np.array([_size_process(library, row, policy) for row in left])
     log_remainder = log_remainder.reshape(variants, n)
 

@@ -36,6 +36,9 @@ def print_summary(console: Console, report: Report, folder: str) -> None:
             _plain(finding.summary),
         )
     console.print(table)
+    for finding in report.findings.findings:
+        if finding.axis in report.policy.requires and finding.to_resolve and finding.outcome != "consistent":
+            console.print(_plain(f"to resolve ({finding.axis}): {finding.to_resolve}"))
     cost = f", {verdict.cost_usd:.6f} USD" if verdict.cost_usd is not None else ""
     console.print(
         _plain(

@@ -13,12 +13,14 @@ _TINY = 1e-12
 SMALLEST_SCALE_NATS = 1e-4  # below the resolution of float32 logprobs: smaller scales count as this one
 
 
-def reference_at(columns: NDArray[np.int64], endpoint_nats: Floats, reference_row_nats: Floats) -> Floats:
+def reference_at(
+    columns: NDArray[np.int64], endpoint_nats: Floats, reference_row_nats: Floats, most_unlisted_nats: float
+) -> Floats:
     """The reference's logprobs of the endpoint's tokens, with what the reference's list lacks filled in.
 
-    A token outside the reference's top-K has a reference logprob below the list's smallest. Where the endpoint's
-    value is larger than that, the smallest stands in, which understates the difference; where it is not, nothing
-    is known and the token is left out. Both err towards "no difference".
+    Of a token that is not found in the reference's list it is known how much it can have there at most. Where the
+    endpoint's value is larger than that, the most stands in, which understates the difference; where it is not,
+    nothing is known and the token is left out. Both err towards "no difference".
 
     Parameters
     ----------
@@ -27,6 +29,8 @@ def reference_at(columns: NDArray[np.int64], endpoint_nats: Floats, reference_ro
     endpoint_nats : float array, shape (k,)
     reference_row_nats : float array, shape (K,)
         May hold NaN.
+    most_unlisted_nats : float
+        The most that a token can have in the reference which is not found in its list.
 
     Returns
     -------
@@ -34,8 +38,7 @@ def reference_at(columns: NDArray[np.int64], endpoint_nats: Floats, reference_ro
         NaN where the token is to be left out.
     """
     listed = np.where(columns >= 0, reference_row_nats[columns], np.nan)
-    floor = np.nanmin(reference_row_nats)
-    return np.where((columns < 0) & (endpoint_nats > floor), floor, listed)
+    return np.where((columns < 0) & (endpoint_nats > most_unlisted_nats), most_unlisted_nats, listed)
 
 
 def centred_difference(endpoint_nats: Floats, reference_nats: Floats) -> Floats:
