@@ -67,36 +67,16 @@ def audit(front: Front, out: Path, *options: str) -> tuple[Result, Verdict]:
     return result, Verdict.model_validate(json.loads((out / "verdict.json").read_bytes()))
 
 
-@pytest.mark.parametrize("name", ["f16", "bf16-busy"])
-def test_honest_stacks_are_consistent(name: str, backend: Backend, tmp_path: Path) -> None:
-    with Front(backend(name).port, Lies()) as front:
-        result, verdict = audit(front, tmp_path / "run")
-    assert result.return_value == 0
-    assert verdict.verdict == "consistent"
-    assert verdict.axes["prompt"] == "consistent"
-    assert verdict.axes["weights"] == "consistent"
-    assert "kv-q8_0" in verdict.not_excluded
-    assert "kv-q8_0" in verdict.sentence
-    assert "q8_0" in verdict.excluded
-
-
-@pytest.mark.parametrize(
-    ("name", "cause"),
-    [("q8_0", "precision"), ("q4_0", "precision"), ("depth-24", "other_model"), ("kv-q4_0", "kv_cache")],
-)
-def test_departures_are_named(name: str, cause: str, backend: Backend, tmp_path: Path) -> None:
-    with Front(backend(name).port, Lies()) as front:
+def test_a_departure_that_the_demo_does_not_show_is_named(backend: Backend, tmp_path: Path) -> None:
+    with Front(backend("kv-q4_0").port, Lies()) as front:
         result, verdict = audit(front, tmp_path / "run")
     assert result.return_value == 1
-    assert (verdict.verdict, verdict.cause, verdict.exact_variant) == ("differs", cause, name)
-    assert verdict.axes["weights"] == "inconsistent"
-    assert verdict.axes["prompt"] == "consistent"
+    assert (verdict.verdict, verdict.cause, verdict.exact_variant) == ("differs", "kv_cache", "kv-q4_0")
 
 
 @pytest.mark.parametrize(
     ("name", "cause"),
     [
-        ("hidden-system", "hidden_prompt"),
         ("no-default-system", "template"),
         ("missing-bos", "template"),
         ("no-generation-prompt", "template"),

@@ -65,7 +65,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     embedded = data_path("probes/chat-one-token")
     (pool / "pool.toml").write_text((embedded / "pool.toml").read_text().replace('"chat-one-token"', '"small-pool"'))
     lines = (embedded / "probes.jsonl").read_text().splitlines(keepends=True)
-    (pool / "probes.jsonl").write_text("".join(lines[::60]))
+    (pool / "probes.jsonl").write_text("".join(lines[::110]))
     path = tmp_path / "spec.toml"
     path.write_text(SPEC.format(pool=pool, sha256=MODEL_SHA256))
     return path
@@ -78,7 +78,7 @@ def test_a_build_goes_on_where_it_was_interrupted(spec: Path, tmp_path: Path, mo
 
     def failing(self: build.TrustedServer, messages: list[Message], seed: int) -> build.Answer:
         asked.append(messages[-1].content + self.name)
-        if len(asked) == 11:
+        if len(asked) == 6:
             raise BundleError("the power failed", "Run the build again")
         return honest_answer(self, messages, seed)
 

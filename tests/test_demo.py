@@ -1,0 +1,81 @@
+"""The README's main job: six endpoints of a real model, honest and not, and what is said of each."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weighbridge.demo import DEMO_VARIANTS
+from weighbridge.paths import cache_folder
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("demo")
+    home = folder / "home"
+    home.mkdir()
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    (home / "cache").symlink_to(cache_folder(), target_is_directory=True)
+    command = [sys.executable, "-c", "from weighbridge.cli import main; main()", "demo", "--json", "--seed", "tests"]
+    done = subprocess.run(
+        [*command, "--out", str(folder / "runs")],
+        env={**os.environ, "WEIGHBRIDGE_HOME": str(home)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 of 6" in done.stderr
+    return json.loads(done.stdout), folder / "runs"
+
+
+def verdict_of(runs: Path, name: str) -> dict[str, Any]:
+    verdict: dict[str, Any] = json.loads((runs / name / "verdict.json").read_bytes())
+    return verdict
+
+
+def test_every_verdict_and_every_cause_is_right(demo: tuple[dict[str, Any], Path]) -> None:
+    document, _ = demo
+    assert document["schema"] == "weighbridge/demo/1"
+    said = {row["truth"]: (row["verdict"], row["cause"]) for row in document["results"]}
+    assert said == {
+        "honest:f16": ("consistent", None),
+        "honest:bf16-busy": ("consistent", None),
+        "altered:q8_0": ("differs", "precision"),
+        "altered:q4_0": ("differs", "precision"),
+        "altered:hidden-system": ("differs", "hidden_prompt"),
+        "altered:depth-24": ("differs", "other_model"),
+    }
+    assert all(row["requests"] <= 40 and row["cause"] == row["expected_cause"] for row in document["results"])
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16-busy"])
+def test_an_honest_verdict_says_what_it_does_not_exclude(demo: tuple[dict[str, Any], Path], name: str) -> None:
+    verdict = verdict_of(demo[1], name)
+    assert verdict["axes"]["weights"] == verdict["axes"]["prompt"] == "consistent"
+    assert verdict["not_excluded"] == ["kv-q8_0"]
+    assert "kv-q8_0" in verdict["sentence"]
+    assert {"q8_0", "int8", "fp8-e4m3", "q4_0"} <= set(verdict["excluded"])
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "depth-24"])
+def test_a_recorded_departure_is_named_exactly(demo: tuple[dict[str, Any], Path], name: str) -> None:
+    verdict = verdict_of(demo[1], name)
+    assert verdict["exact_variant"] == name
+    assert verdict["axes"]["weights"] == "inconsistent"
+    assert verdict["axes"]["prompt"] == "consistent"
+
+
+def test_honest_weights_behind_a_hidden_prompt_are_not_blamed(demo: tuple[dict[str, Any], Path]) -> None:
+    verdict = verdict_of(demo[1], "hidden-system")
+    assert verdict["axes"]["prompt"] == "inconsistent"
+    assert verdict["axes"]["weights"] == "inconclusive"
+
+
+@pytest.mark.parametrize("name", DEMO_VARIANTS)
+def test_every_run_has_its_reports(demo: tuple[dict[str, Any], Path], name: str) -> None:
+    for file in ("report.html", "report.json", "junit.xml", "exchanges.jsonl", "plan.json"):
+        assert (demo[1] / name / file).stat().st_size > 0
