@@ -102,6 +102,13 @@ def test_a_wrong_token_count_alone_accuses_nobody(backend: Backend, tmp_path: Pa
     assert verdict.axes["service"] == "inconsistent"
 
 
+def test_a_wrong_token_count_does_not_hide_a_named_departure(backend: Backend, tmp_path: Path) -> None:
+    with Front(backend("q4_0").port, Lies(usage_offset=17)) as front:
+        _, verdict = audit(front, tmp_path / "run")
+    assert (verdict.verdict, verdict.cause, verdict.exact_variant) == ("differs", "precision", "q4_0")
+    assert verdict.axes["prompt"] == "consistent"
+
+
 def test_a_wrong_token_count_without_logprobs_is_inconclusive(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("f16").port, Lies(usage_offset=17, max_top_logprobs=0)) as front:
         result, verdict = audit(front, tmp_path / "run")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from weighbridge.judge.case import Case
-from weighbridge.judge.weights import differs_after, is_consistent
+from weighbridge.judge.weights import differs_after, is_consistent, nearest
 from weighbridge.records import Cause, Finding
 from weighbridge.reference.bundle import Bundle
 
@@ -25,6 +25,8 @@ def check_prompt(case: Case) -> Finding:
         )
     official_by_logprobs = case.evidence is not None and is_consistent(case.evidence, case.plan.policy)
     departs = case.evidence is not None and differs_after(case.evidence, case.plan.policy) is not None
+    # A recorded variant that leaves nothing over does so under the official prompt alone.
+    explained = departs and case.evidence is not None and nearest(case.evidence, case.plan.policy)[1]
     counted = [o for o in case.answers if o.prompt_tokens is not None and o.probe_id in bundle.probe_index]
     if len(counted) < case.plan.policy.min_counted:
         if official_by_logprobs:
@@ -58,8 +60,14 @@ def check_prompt(case: Case) -> Finding:
             "The logprobs are those of the official prompt, although the reported token counts are not",
             details=details,
         )
+    if explained:
+        return _finding(
+            "consistent",
+            "A recorded variant under the official prompt explains the logprobs, although the reported token counts are not that prompt's",
+            details=details,
+        )
     cause, what = _explain(bundle, [o.probe_id for o in counted], offsets, case)
-    if cause is None or not departs:
+    if not departs:
         return _finding(
             "inconclusive", what, details=details,
             to_resolve="Logprobs that depart from the reference, or agree with it, would tell a wrong count from a wrong prompt",
@@ -67,14 +75,14 @@ def check_prompt(case: Case) -> Finding:
     return _finding("inconsistent", what, cause=cause, details=details)
 
 
-def _explain(bundle: Bundle, probe_ids: list[str], offsets: Any, case: Case) -> tuple[Cause | None, str]:
+def _explain(bundle: Bundle, probe_ids: list[str], offsets: Any, case: Case) -> tuple[Cause, str]:
     matches = (offsets == 0).mean(axis=1)
     best = int(np.argmax(matches))
     hypothesis = bundle.manifest.hypotheses[best]
     n = len(probe_ids)
     if best > 0 and matches[best] >= MATCHING_SHARE:
         return (
-            hypothesis.cause,
+            hypothesis.cause or "template",
             f"The token counts of {n} prompts are those of another rendering: {hypothesis.description}",
         )
     with_system = {r.probe.id: r.probe.messages[0].role == "system" for r in case.plan.probe_requests}
@@ -101,8 +109,8 @@ def _explain(bundle: Bundle, probe_ids: list[str], offsets: Any, case: Case) -> 
             f"The token counts of {n} prompts follow no rendering, and most returned tokens are unknown to the reference: another tokenizer",
         )
     return (
-        None,
-        f"The token counts of {n} prompts follow no recorded rendering; hosts that estimate their counts look like this too",
+        "none_of_these",
+        f"The token counts of {n} prompts follow no recorded rendering: another tokenizer, another prompt, or counts that are estimated",
     )
 
 
