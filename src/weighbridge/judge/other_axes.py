@@ -1,7 +1,9 @@
 """The questions that this version asks only in part: route, share, sampling, service."""
 
+import numpy as np
+
 from weighbridge.judge.case import Case
-from weighbridge.judge.weights import HONEST_LOOKING_SHARE, differs_after, honest_looking_share, is_consistent
+from weighbridge.judge.weights import differs_after, is_consistent, is_mixed
 from weighbridge.records import Effect, Finding
 from weighbridge.stats.residuals import share_upper_limit
 
@@ -52,33 +54,29 @@ def check_share(case: Case) -> Finding:
             summary="Too few answers with logprobs to tell one from another",
         )
     n = int(evidence.log_scales.size)
-    # Above everything that an honest stack did on any probe of the pool.
-    out = int((evidence.log_scales > case.library.null_log_scales.max()).sum())
+    # Above everything that an honest stack is allowed on any probe of the pool.
+    most_honest = float(case.library.null_log_scales.max())
+    out = int((evidence.log_scales > most_honest).sum())
     limit = share_upper_limit(out, n, CONFIDENCE)
-    effect = Effect(
-        name="share of answers that stand out", value=out / n, low=0.0, high=limit, unit="1", confidence=CONFIDENCE
-    )
     if differs_after(evidence, policy) is not None:
-        honest = honest_looking_share(evidence, policy)
-        if honest >= HONEST_LOOKING_SHARE:
+        if is_mixed(evidence, policy):
             return Finding(
-                check="share", axis="share", outcome="inconsistent", cause="partial_routing", effects=[effect], answers_used=n,
-                summary=f"{honest:.0%} of {n} answers are the reference's; {out} stand out: something else answered some requests",
+                check="share", axis="share", outcome="inconsistent", cause="partial_routing", answers_used=n,
+                summary=f"Some of {n} answers are the reference's, {out} are further than {np.exp(most_honest):.2g} nats from it: something else answered some requests",
             )  # fmt: skip
         return Finding(
             check="share",
             axis="share",
             outcome="not_applicable",
-            effects=[effect],
             answers_used=n,
             summary="The answers differ as a whole",
         )
-    needed = 299
+    effect = Effect(name="upper limit of the share that stands out", value=limit, unit="1", confidence=CONFIDENCE)
     return Finding(
-        check="share", axis="share", outcome="inconclusive", effects=[effect], answers_used=n,
-        summary=f"{out} of {n} answers stand out: at most {limit:.0%} of requests went elsewhere (95 % upper limit)"
-        + ("" if is_consistent(evidence, policy) else ", as far as this level can see"),
-        to_resolve=f"{needed} answers of which none stands out bring the limit to 1 %",
+        check="share", axis="share", outcome="inconclusive", answers_used=n, effects=[effect],
+        summary=f"{out} of {n} answers are further than {np.exp(most_honest):.2g} nats from the reference, so at most {limit:.0%} of requests "
+        "were answered by something that is (95 % upper limit); a fainter departure of some requests would not stand out",
+        to_resolve="299 answers of which none stands out bring the limit to 1 %",
     )  # fmt: skip
 
 

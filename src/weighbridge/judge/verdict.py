@@ -72,6 +72,8 @@ def judge(
     findings = [check(case) for check in CHECKS]
     by_axis = {finding.axis: finding for finding in findings}
     by_axis["weights"] = _weights_under_prompt(by_axis["weights"], by_axis["prompt"])
+    if by_axis["share"].outcome == "inconsistent" and by_axis["weights"].outcome != "inconsistent":
+        by_axis["share"] = by_axis["share"].model_copy(update={"outcome": "inconclusive", "cause": None})
     findings = [by_axis[finding.axis] for finding in findings]
     axes: dict[Axis, Outcome] = {axis: by_axis[axis].outcome for axis in AXES}
 
@@ -112,8 +114,6 @@ def _weights_under_prompt(weights: Finding, prompt: Finding) -> Finding:
     residual: under another prompt something would be left over.
     """
     if weights.outcome != "inconsistent" or prompt.outcome == "consistent" or weights.exact_variant is not None:
-        return weights
-    if weights.cause == "partial_routing":
         return weights
     return weights.model_copy(
         update={

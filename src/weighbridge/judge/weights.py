@@ -59,9 +59,12 @@ def nearest(evidence: WeightEvidence, policy: Policy) -> tuple[int, bool, bool]:
     return best, bool(exact), bool(means[best] >= policy.family_cosine)
 
 
-def honest_looking_share(evidence: WeightEvidence, policy: Policy) -> float:
-    """Share of answers whose residual is well inside the null's scale."""
-    return float(np.mean(evidence.log_scales < np.log(policy.null_scale_floor_nats / 1.5)))
+def is_mixed(evidence: WeightEvidence, policy: Policy) -> bool:
+    """Whether some answers are well inside the floor and some well outside it, at least two of each kind."""
+    floor = np.log(policy.null_scale_floor_nats)
+    inside = int((evidence.log_scales < floor - np.log(1.5)).sum())
+    outside = int((evidence.log_scales > floor + np.log(2)).sum())
+    return inside >= max(2, HONEST_LOOKING_SHARE * evidence.log_scales.size) and outside >= 2
 
 
 def check_weights(case: Case) -> Finding:
@@ -149,7 +152,7 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
         )
         nearby = f"the residual points at {variant.id} (cosine {cosine:.2f})"
         cause: Cause | None
-        if honest_looking_share(evidence, policy) >= HONEST_LOOKING_SHARE:
+        if is_mixed(evidence, policy):
             cause, text = "partial_routing", "some answers are the reference's and some are not; " + nearby
         elif exact:
             cause, text = variant.departure, f"{nearby} and nothing else is left: {variant.description}"
