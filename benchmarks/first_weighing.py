@@ -84,6 +84,9 @@ def audit_again(
     assert case.evidence is not None
     reached = differs_after(case.evidence, again.policy)
     if reached is not None:
+        # Answers without logprobs were asked for all the same.
+        with_logprobs = np.cumsum([o.top is not None for o in order])
+        reached = int(np.searchsorted(with_logprobs, reached)) + 1
         case = open_case(again, capability, order[: max(reached, again.policy.min_counted)], library)
     _, verdict = judge(case, requests_sent=len(order), stopped_because="decided", all_observations=order)
     return verdict.verdict, verdict.cause, verdict.exact_variant, reached, verdict.axes["weights"]

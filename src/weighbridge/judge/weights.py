@@ -51,12 +51,17 @@ def mean_cosines(evidence: WeightEvidence) -> NDArray[np.float64]:
 
 
 def nearest(evidence: WeightEvidence, policy: Policy) -> tuple[int, bool, bool]:
-    """The variant with the largest mean cosine; whether it is exactly named; whether its family is."""
+    """The variant with the largest mean cosine; whether it is exactly named; whether its family is.
+
+    Exactly: the mean cosine is large enough and nothing that an honest stack would not have is left once the
+    variant's residual is subtracted. Its family: the whole interval of the mean is, since few answers point anywhere.
+    """
     means = mean_cosines(evidence)
     best = int(np.argmax(means))
     honest_remainder = bool(evidence.log_remainder[best].max() < np.log(policy.differs_e_value))
     exact = means[best] >= policy.exact_name_cosine and honest_remainder
-    return best, bool(exact), bool(means[best] >= policy.family_cosine)
+    family = _cosine_interval(evidence.cosines[best])[1] >= policy.family_cosine
+    return best, bool(exact), bool(family)
 
 
 def is_mixed(evidence: WeightEvidence, policy: Policy) -> bool:
