@@ -269,6 +269,15 @@ def test_a_list_that_names_no_token_is_no_list_of_special_tokens() -> None:
     assert tokens(observation) == [("a", -2.5)]
 
 
+@pytest.mark.parametrize("bytes_", [None, "own"])
+@pytest.mark.parametrize("token", ["token_id:42", "Ġthe", "Ċ", "▁the", "\ufffd"])
+def test_a_name_in_a_tokenizer_s_own_alphabet_is_no_name(token: str, bytes_: str | None) -> None:
+    listed = list(token.encode()) if bytes_ == "own" else None
+    observation = observe_json(answer(entry("a", -0.5), entry(token, -1.0, bytes=listed)))
+    assert tokens(observation) == [("a", -0.5)]
+    assert observation.quirks == ["token_without_bytes"]
+
+
 def test_a_lone_surrogate_is_no_token() -> None:
     observation = observe_json(answer(entry("a", -0.5), {"token": "\ud800", "logprob": -1.0}))
     assert tokens(observation) == [("a", -0.5)]

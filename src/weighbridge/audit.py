@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from weighbridge.canonical import sha256_hex
 from weighbridge.capability import (
     capability_requests,
     next_capability_request,
@@ -20,7 +21,7 @@ from weighbridge.judge.verdict import is_decided, judge, open_case
 from weighbridge.judge.weights import MIN_TOP_LOGPROBS
 from weighbridge.keys import Key
 from weighbridge.observe import observe
-from weighbridge.plan import worst_case_prompt_tokens
+from weighbridge.plan import check_draw, worst_case_prompt_tokens
 from weighbridge.records import Capability, Endpoint, Exchange, Findings, Observation, Plan, PlannedRequest, Verdict
 from weighbridge.reference.bundle import Bundle, load_bundle
 from weighbridge.store import RunFolder, Stopped
@@ -29,6 +30,8 @@ from weighbridge.transport import Transport
 COUNTED_WITHOUT_LOGPROBS = 10  # probes that are sent for their token counts alone
 MOST_FAILURES_IN_A_ROW = 3
 _REFUSALS = frozenset({"http_401", "http_402", "http_403", "http_404", "redirect", "unknown_host", "tls"})
+# One probe may be forbidden or lost by itself; these concern all of them.
+_REFUSES_EVERYTHING = frozenset({"http_401", "http_402", "redirect", "unknown_host", "tls"})
 FINAL_REASONS = frozenset({"decided", "probes_used_up", "level_not_supported"})
 
 
@@ -95,7 +98,7 @@ class Auditor:
         requests = {request.request_id: request for request in self._plan.capability_requests}
         while (request_id := next_capability_request(self._seen)) is not None:
             request = requests[request_id]
-            refusal = await self._send(collector, request, read_capability(self._seen))
+            refusal, _ = await self._send(collector, request, read_capability(self._seen))
             if refusal is not None:
                 return refusal
         capability = read_capability(self._seen)
@@ -112,7 +115,9 @@ class Auditor:
             self._plan.probe_requests if enough_logprobs else self._plan.probe_requests[:COUNTED_WITHOUT_LOGPROBS]
         )
         waiting = [r for r in requests if r.request_id not in self._seen]
-        running: set[asyncio.Task[str | None]] = set()
+        # What failed before goes last, so that one forbidden probe does not stop every `resume`.
+        waiting.sort(key=lambda r: r.request_id in self._attempts)
+        running: set[asyncio.Task[tuple[str | None, Observation | None]]] = set()
         because: str | None = "decided" if self._decided(capability) else None
         failures = 0
         try:
@@ -123,12 +128,13 @@ class Auditor:
                     return because or ("probes_used_up" if enough_logprobs else "level_not_supported")
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    because = task.result() or because
-                last = next(reversed(self._seen.values())) if self._seen else None
-                failures = failures + 1 if last is not None and not last.answered else 0
-                if last is not None and last.fault in _REFUSALS:
-                    because = because or "refused"
-                elif failures >= MOST_FAILURES_IN_A_ROW:
+                    refusal, observation = self._outcome(task)
+                    because = because or refusal
+                    if observation is not None:
+                        failures = 0 if observation.answered else failures + 1
+                        if observation.fault in _REFUSES_EVERYTHING:
+                            because = because or "refused"
+                if failures >= MOST_FAILURES_IN_A_ROW:
                     because = because or "unreachable"
                 elif because is None and self._decided(capability):
                     because = "decided"
@@ -136,9 +142,20 @@ class Auditor:
             for task in running:
                 task.cancel()
 
-    async def _send(self, collector: Collector, request: PlannedRequest, capability: Capability) -> str | None:
+    @staticmethod
+    def _outcome(task: "asyncio.Task[tuple[str | None, Observation | None]]") -> tuple[str | None, Observation | None]:
+        """What a request came to; a wait that is too long stops the collection, and what is under way is awaited."""
+        try:
+            return task.result()
+        except WaitTooLongError:
+            return "rate_limited", None
+
+    async def _send(
+        self, collector: Collector, request: PlannedRequest, capability: Capability
+    ) -> tuple[str | None, Observation | None]:
         temperature, top_logprobs = sampling_of(request.request_id, capability)
-        seed = int(self._plan.draw.commitment[:7], 16)
+        # Not made from the draw's seed, which the endpoint must not learn.
+        seed = int(sha256_hex(self._plan.run_id.encode())[:7], 16)
         body: dict[str, Any] = self._dialect.body(
             self._endpoint, request.probe.messages, temperature=temperature, top_logprobs=top_logprobs, seed=seed
         )
@@ -149,7 +166,7 @@ class Auditor:
         if attempts:
             self._attempts[request.request_id] = attempts
             self._note(request)
-        return refusal
+        return refusal, self._seen.get(request.request_id)
 
     def _note(self, request: PlannedRequest) -> None:
         observation = self._dialect.observe(request.probe.id, self._attempts[request.request_id])
@@ -180,11 +197,15 @@ def judge_run(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings,
     Reads only the folder and the bundle; the same files give the same bytes.
     """
     plan = folder.plan()
+    if bundle is not None:
+        check_draw(plan, bundle)
     exchanges, stopped = folder.exchanges()
     observations = observe(plan, exchanges)
     folder.write_observations(observations.values())
     capability_names = {request.request_id for request in capability_requests()}
-    capability = read_capability({name: o for name, o in observations.items() if name in capability_names})
+    capability = read_capability(
+        {name: o for name, o in observations.items() if name in capability_names and o.fault != "interrupted"}
+    )
     answers = [o for name, o in observations.items() if name not in capability_names and o.fault != "interrupted"]
     library = (
         build_library(bundle, plan.policy, max(capability.top_logprobs, MIN_TOP_LOGPROBS))

@@ -7,9 +7,19 @@ from pathlib import Path
 from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, sha256_hex
 from weighbridge.capability import capability_requests
-from weighbridge.errors import BundleError
+from weighbridge.errors import BundleError, RunFolderError
 from weighbridge.probes import Pool, draw, load_pool
-from weighbridge.records import Draw, Endpoint, Estimate, Plan, PlannedRequest, Policy, PoolIdentity, Probe
+from weighbridge.records import (
+    BundleIdentity,
+    Draw,
+    Endpoint,
+    Estimate,
+    Plan,
+    PlannedRequest,
+    Policy,
+    PoolIdentity,
+    Probe,
+)
 from weighbridge.reference.bundle import EMBEDDED, Bundle
 
 MOST_CAPABILITY_REQUESTS = 4
@@ -78,15 +88,9 @@ def make_plan(
         pool = pool_of(bundle)
         identity = pool.identity
         by_id = {probe.id: probe for probe in pool.probes}
-        room = max(0, endpoint.limits.max_requests - 2)
-        probes = [by_id[probe_id] for probe_id in draw(bundle.usable_probe_ids, seed)[:room]]
+        # The whole pool in the order of the draw: the budget, not the plan, says how far an audit goes.
+        probes = [by_id[probe_id] for probe_id in draw(bundle.usable_probe_ids, seed)]
     capability = capability_requests()
-    commitment = sha256_hex(
-        canonical_bytes({
-            "seed": seed, "pool": identity.sha256 if identity else None, "weighbridge": __version__,
-            "reference": bundle.identity.digest if bundle else None, "policy": policy.model_dump(mode="json", by_alias=True),
-        })
-    )  # fmt: skip
     return Plan(
         weighbridge_version=__version__,
         run_id=secrets.token_hex(8),
@@ -96,13 +100,41 @@ def make_plan(
         reference=bundle.identity if bundle else None,
         reference_path=_path_to_remember(bundle),
         pool=identity,
-        draw=Draw(seed=seed, commitment=commitment),
+        draw=Draw(seed=seed, commitment=_commitment(seed, identity, bundle.identity if bundle else None, policy)),
         capability_requests=capability,
         probe_requests=[
             PlannedRequest(request_id=f"probe-{n:04d}", probe=probe) for n, probe in enumerate(probes, start=1)
         ],
         estimate=_estimate(endpoint, bundle, capability, probes),
     )
+
+
+def check_draw(plan: Plan, bundle: Bundle) -> None:
+    """Check that a plan's probes are the ones that its seed draws: every error rate rests on that.
+
+    Raises
+    ------
+    RunFolderError
+        If they are not, or the commitment is another.
+    """
+    drawn = draw(bundle.usable_probe_ids, plan.draw.seed)
+    committed = _commitment(plan.draw.seed, plan.pool, plan.reference, plan.policy, plan.weighbridge_version)
+    if [r.probe.id for r in plan.probe_requests] != drawn or plan.draw.commitment != committed:
+        raise RunFolderError(
+            "the plan's probes are not the draw of its seed", "A run whose plan was changed cannot be judged"
+        )
+
+
+def _commitment(
+    seed: str, pool: PoolIdentity | None, reference: BundleIdentity | None, policy: Policy, version: str = __version__
+) -> str:
+    """The SHA-256 over everything that a draw is bound to."""
+    return sha256_hex(
+        canonical_bytes({
+            "seed": seed, "pool": pool.sha256 if pool else None, "weighbridge": version,
+            "reference": reference.digest if reference else None, "policy": policy.model_dump(mode="json", by_alias=True),
+        })
+    )  # fmt: skip
 
 
 def _path_to_remember(bundle: Bundle | None) -> str | None:
@@ -118,7 +150,8 @@ def _estimate(
     requests = min(endpoint.limits.max_requests, MOST_CAPABILITY_REQUESTS + len(probes))
     tokens = sum(worst_case_prompt_tokens(request.probe) for request in capability)
     if bundle is not None:
-        tokens += int(sum(bundle.prompt_tokens[0, bundle.probe_index[probe.id]] for probe in probes))
+        room = max(0, endpoint.limits.max_requests - 2)
+        tokens += int(sum(bundle.prompt_tokens[0, bundle.probe_index[probe.id]] for probe in probes[:room]))
     cost = endpoint.price.cost_usd(tokens, requests) if endpoint.price else None
     source = "the endpoint's [price], retries not counted" if endpoint.price else "no price was given"
     return Estimate(

@@ -121,7 +121,8 @@ class Endpoint(Record):
         """Scheme, host and port: what a key is bound to."""
         parts = urlsplit(self.base_url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        return f"{parts.scheme}://{parts.hostname}:{port}"
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        return f"{parts.scheme}://{host}:{port}"
 
 
 class Policy(Record):

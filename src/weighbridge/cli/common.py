@@ -21,6 +21,7 @@ from weighbridge.reference.bundle import Bundle, load_bundle
 from weighbridge.report.document import make_report, report_json, write_report_json
 from weighbridge.report.html import write_html
 from weighbridge.report.junit import write_junit
+from weighbridge.report.table import write_table
 from weighbridge.report.terminal import print_summary
 from weighbridge.store import RunFolder
 
@@ -140,6 +141,7 @@ def judge_and_report(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Fi
     write_report_json(folder.path, report)
     write_junit(folder.path, report)
     write_html(folder.path, report)
+    write_table(folder.path)
     return plan, findings, verdict
 
 

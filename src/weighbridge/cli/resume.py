@@ -29,7 +29,7 @@ def resume_command(
     fail_on: str,
     as_json: bool,
 ) -> int:
-    """Go on with an interrupted run; nothing that came back is asked again."""
+    """Go on with an interrupted run; nothing that was answered is asked again."""
     folder = RunFolder(run)
     plan = folder.plan()
     endpoint = plan.endpoint

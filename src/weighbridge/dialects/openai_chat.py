@@ -11,6 +11,8 @@ from weighbridge.records import Endpoint, Exchange, Message, Observation, Receiv
 NAMELESS = ""  # stands for a special token, which servers list without text and without bytes
 _MOST_NAMELESS = 3  # a list with more of them does not name its tokens at all
 SENTINEL_NATS = -9998.0  # servers write -9999 for "outside the list"; no logprob of a listed token is that small
+# The replacement character, and how tokenizers write a space, a newline and a tab in their inner alphabets.
+_NOT_A_NAME = tuple(mark.encode() for mark in "\ufffdĠĊĉ▁")
 _MAX_TEXT = 200
 _MAX_TOP = 10_000
 
@@ -147,7 +149,11 @@ def _answer(facts: dict[str, Any], document: dict[str, Any]) -> Observation:
         return Observation(**facts, answered=True, fault="bad_logprobs", fault_detail=fault_detail, quirks=quirks)
     if not top:
         return Observation(
-            **facts, answered=True, fault="no_logprobs", fault_detail="the list of logprobs is empty", quirks=quirks
+            **facts,
+            answered=True,
+            fault="no_logprobs",
+            fault_detail="the list of logprobs is empty, or no token of it has a name that can be understood",
+            quirks=quirks,
         )
     return Observation(**facts, answered=True, top=top, quirks=quirks)
 
@@ -194,20 +200,29 @@ def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:
 def _token_bytes(entry: dict[str, Any], quirks: set[str]) -> str | None:
     """The token's bytes as hexadecimal digits: from ``bytes``, else from ``token`` where that is unambiguous.
 
-    `NAMELESS` where both are empty, ``None`` where they cannot be understood.
+    `NAMELESS` where both are empty. ``None`` where they cannot be understood: a part of a character that was shown
+    as a replacement character, a number in place of a name, or the inner alphabet of a tokenizer (``Ġthe``).
     """
-    listed = entry.get("bytes")
-    if isinstance(listed, list) and listed and len(listed) <= _MAX_TEXT:
-        if all(isinstance(b, int) and not isinstance(b, bool) and 0 <= b <= 255 for b in listed):
-            return bytes(listed).hex()
+    text, listed = entry.get("token"), entry.get("bytes")
+    if isinstance(text, str) and text.startswith("token_id:"):
         return None
-    text = entry.get("token")
-    if text == "":
+    if isinstance(listed, list) and listed:
+        if len(listed) > _MAX_TEXT or not all(
+            isinstance(b, int) and not isinstance(b, bool) and 0 <= b <= 255 for b in listed
+        ):
+            return None
+        raw = bytes(listed)
+    elif text == "":
         return NAMELESS
-    if not isinstance(text, str) or "�" in text or len(text) > _MAX_TEXT:
+    elif isinstance(text, str) and len(text) <= _MAX_TEXT:
+        try:
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError:
+            return None
+    else:
         return None
-    quirks.add("bytes_absent")
-    try:
-        return text.encode("utf-8").hex()
-    except UnicodeEncodeError:
+    if any(mark in raw for mark in _NOT_A_NAME):
         return None
+    if not (isinstance(listed, list) and listed):
+        quirks.add("bytes_absent")
+    return raw.hex()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from weighbridge.errors import BundleError
 from weighbridge.records import Observation, Policy
 from weighbridge.reference.bundle import Bundle, StackRecord
 from weighbridge.stats.residuals import centred_difference, direction_cosine, log_scale, reference_at
@@ -63,6 +64,11 @@ def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
     others = [s for s in bundle.manifest.stacks if s.id != bundle.manifest.reference_stack]
     honest = [s for s in others if s.departure is None or s.departure_class in policy.accepts]
     variants = [s for s in others if s not in honest]
+    if not variants:
+        raise BundleError(
+            f"the policy {policy.id} accepts every departure that the bundle {bundle.manifest.id} records",
+            "Choose a stricter policy, or record a departure that it does not accept",
+        )
     reference_rows = bundle.logprobs_nats[reference].astype(np.float64)[rows]
 
     def own_top(stack: StackRecord) -> tuple[NDArray[np.int64], Floats]:
@@ -144,6 +150,8 @@ class Residuals:
         Share of the endpoint's tokens that stand in the reference's list, for every answer with logprobs.
     agrees : bool array, shape (n,)
         Whether the most likely token is the same.
+    asked : int
+        How many probes were asked, those without an answer or without logprobs included.
     """
 
     probe_columns: NDArray[np.int64]
@@ -153,6 +161,7 @@ class Residuals:
     unlisted_nats: Floats
     listed_share: Floats
     agrees: NDArray[np.bool_]
+    asked: int
 
 
 def residuals(library: Library, observations: list[Observation]) -> Residuals:
@@ -174,15 +183,15 @@ def residuals(library: Library, observations: list[Observation]) -> Residuals:
         columns_of_token = bundle.columns_of_probe(bundle.probe_index[observation.probe_id])
         columns = np.array([columns_of_token.get(t.bytes_hex, -1) for t in top], np.int64)
         values = np.array([t.logprob_nats for t in top], np.float64)
+        # A name that was guessed from the text may be misspelt: that it is unknown then says nothing.
+        most = np.inf if "bytes_absent" in observation.quirks else float(library.most_unlisted_nats[row])
         stands = columns >= 0
         endpoint_nats[i, : len(top)] = values
-        reference_nats[i, : len(top)] = reference_at(
-            columns, values, library.reference_nats[row], library.most_unlisted_nats[row]
-        )
+        reference_nats[i, : len(top)] = reference_at(columns, values, library.reference_nats[row], most)
         variant_nats[:, i, : len(top)] = np.where(stands, library.variant_differences_nats[:, row, columns], np.nan)
         listed[i] = stands.mean()
-        if not stands.all():
-            unlisted[i] = max(0.0, float(values[~stands].max() - library.most_unlisted_nats[row]))
+        if not stands.all() and np.isfinite(most):
+            unlisted[i] = max(0.0, float(values[~stands].max() - most))
         # A reference row is ordered: its most likely token stands first.
         agrees[i] = columns[0] == 0
     # An answer of which too little is known has no residual; it counts for nothing but `listed_share`.
@@ -195,4 +204,5 @@ def residuals(library: Library, observations: list[Observation]) -> Residuals:
         unlisted_nats=unlisted[known],
         listed_share=listed,
         agrees=agrees[known],
+        asked=len(observations),
     )

@@ -20,7 +20,12 @@ def check_route(case: Case) -> Finding:
     if case.library is not None:
         known |= {name.casefold() for name in case.library.bundle.manifest.model_names}
     if not case.capability.reachable:
-        return Finding(check="model_named", axis="route", outcome="error", summary="The endpoint did not answer")
+        return Finding(
+            check="model_named",
+            axis="route",
+            outcome="error",
+            summary="The endpoint did not answer" if case.capability.refused else "Nothing was asked",
+        )
     if not named:
         return Finding(
             check="model_named",
@@ -57,7 +62,9 @@ def check_share(case: Case) -> Finding:
     # Above everything that an honest stack is allowed on any probe of the pool.
     most_honest = float(case.library.null_log_scales.max())
     out = int((evidence.log_scales > most_honest).sum())
-    limit = share_upper_limit(out, n, CONFIDENCE)
+    # A probe that came back without logprobs may have been answered by anything.
+    silent = evidence.asked - n
+    limit = share_upper_limit(out + silent, evidence.asked, CONFIDENCE)
     if differs_after(evidence, policy) is not None:
         if is_mixed(evidence, policy):
             return Finding(
@@ -74,8 +81,9 @@ def check_share(case: Case) -> Finding:
     effect = Effect(name="upper limit of the share that stands out", value=limit, unit="1", confidence=CONFIDENCE)
     return Finding(
         check="share", axis="share", outcome="inconclusive", answers_used=n, effects=[effect],
-        summary=f"{out} of {n} answers are further than {np.exp(most_honest):.2g} nats from the reference, so at most {limit:.0%} of requests "
-        "were answered by something that is (95 % upper limit); a fainter departure of some requests would not stand out",
+        summary=f"{out} of {evidence.asked} answers are further than {np.exp(most_honest):.2g} nats from the reference"
+        + (f" and {silent} carry no logprobs" if silent else "")
+        + f", so at most {limit:.0%} of requests were answered by something that is (95 % upper limit); a fainter departure of some requests would not stand out",
         to_resolve="299 answers of which none stands out bring the limit to 1 %",
     )  # fmt: skip
 
@@ -110,7 +118,7 @@ def check_usage(case: Case) -> Finding:
         wrong = sum(reported != true for reported, true in counted)
         if wrong:
             return Finding(
-                check="usage", axis="service", outcome="inconsistent", answers_used=len(counted),
+                check="usage", axis="service", outcome="inconclusive", answers_used=len(counted), to_resolve="Ask the host how it counts",
                 summary=f"{wrong} of {len(counted)} reported prompt token counts are not those of the prompt that was served",
             )  # fmt: skip
         if counted:

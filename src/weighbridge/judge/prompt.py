@@ -95,9 +95,10 @@ def _explain(bundle: Bundle, probe_ids: list[str], offsets: Any, case: Case) -> 
     if all((g == mode).mean() >= MATCHING_SHARE for g, mode in zip(groups, modes, strict=True)):
         extra = modes[0]
         if min(modes) > 0:
+            longer = f"{extra}" if len(set(modes)) == 1 else " or ".join(map(str, modes))
             return (
                 "hidden_prompt",
-                f"Every prompt is {extra} tokens longer than the official rendering ({n} prompts): a prompt of about that length has been added",
+                f"Every prompt is counted {longer} tokens longer than the official rendering ({n} prompts), and the logprobs depart from the reference: a prompt of about that length has been added, if the host counts truly",
             )
         return (
             "template",

@@ -42,6 +42,13 @@ class WeightEvidence:
         Cosine of each answer's residual with each variant's.
     log_remainder : float array, shape (V, n)
         Log e-process by size of what is left once the variant's residual is subtracted.
+    slope : float
+        Least-squares slope of the endpoint's centred logprobs on the reference's, over all answers. A temperature
+        T that was divided by shows as 1/T.
+    log_after_slope : float array, shape (n,)
+        Log e-process by size of what is left once that slope is taken out.
+    asked : int
+        How many probes were asked; those beyond n came back without usable logprobs.
     excludable : bool array, shape (V,)
         Whether the variant stands clear of the null's floor, so that size can exclude it.
     variant_scales_nats : float array, shape (V,)
@@ -55,6 +62,9 @@ class WeightEvidence:
     log_exclusion: Floats
     cosines: Floats
     log_remainder: Floats
+    slope: float
+    log_after_slope: Floats
+    asked: int
     excludable: NDArray[np.bool_]
     variant_scales_nats: Floats
 
@@ -77,6 +87,10 @@ def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvide
     log_remainder = np.array([_size_process(library, row, policy) for row in left])
     log_remainder = log_remainder.reshape(variants, n)
 
+    slope = _slope(centred, residuals.reference_nats)
+    tempered = log_scale(centred_difference(residuals.endpoint_nats, slope * residuals.reference_nats))
+    tempered = np.where(np.isfinite(tempered), tempered, by_unlisted)
+
     pool_scales = np.exp(np.nanmean(library.variant_log_scales, axis=1)) if variants else np.zeros(0)
     null_scale = float(np.exp(library.null_mean))
     faint = [v for v in range(variants) if pool_scales[v] < DIRECTION_UP_TO_MULTIPLE * null_scale]
@@ -97,9 +111,22 @@ def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvide
         log_exclusion=_exclusion(library, log_scales, policy),
         cosines=cosines,
         log_remainder=log_remainder,
+        slope=slope,
+        log_after_slope=_size_process(library, tempered, policy),
+        asked=residuals.asked,
         excludable=pool_scales > null_scale,
         variant_scales_nats=pool_scales,
     )
+
+
+def _slope(residual_nats: Floats, reference_nats: Floats) -> float:
+    """Slope of endpoint on reference: one more than that of the residual on the reference."""
+    known = np.isfinite(residual_nats) & np.isfinite(reference_nats)
+    count = np.maximum(known.sum(axis=1, keepdims=True), 1)
+    shape = np.where(known, reference_nats, 0.0)
+    shape = np.where(known, shape - shape.sum(axis=1, keepdims=True) / count, 0.0)
+    spread = float((shape**2).sum())
+    return 1.0 + (float((np.where(known, residual_nats, 0.0) * shape).sum()) / spread if spread > 0 else 0.0)
 
 
 def _size_process(library: Library, log_scales: Floats, policy: Policy) -> Floats:

@@ -1,7 +1,5 @@
 """From findings to a verdict, under a policy."""
 
-from collections.abc import Callable
-
 from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, rounded, sha256_hex
 from weighbridge.judge.case import Case, Check
@@ -10,7 +8,13 @@ from weighbridge.judge.library import Library, residuals
 from weighbridge.judge.other_axes import check_route, check_sampling, check_share, check_usage
 from weighbridge.judge.prompt import check_prompt
 from weighbridge.judge.sizes import weigh
-from weighbridge.judge.weights import MIN_TOP_LOGPROBS, check_weights, differs_after, is_consistent
+from weighbridge.judge.weights import (
+    MIN_TOP_LOGPROBS,
+    check_weights,
+    differs_after,
+    is_consistent,
+    looks_like_temperature,
+)
 from weighbridge.records import (
     AXES,
     Axis,
@@ -26,12 +30,12 @@ from weighbridge.records import (
 )
 
 CHECKS: tuple[Check, ...] = (check_route, check_prompt, check_sampling, check_weights, check_share, check_usage)
-LibraryFor = Callable[[int], Library | None]
 
 
 def open_case(plan: Plan, capability: Capability, answers: list[Observation], library: Library | None) -> Case:
     """Line the answers up with the library."""
-    if library is None or capability.top_logprobs < MIN_TOP_LOGPROBS:
+    # Logprobs whose meaning is not known are evidence of nothing.
+    if library is None or capability.top_logprobs < MIN_TOP_LOGPROBS or capability.temperature_regime == "other":
         return Case(plan, capability, answers, library, None, None)
     lined_up = residuals(library, answers)
     if lined_up.probe_columns.size == 0:
@@ -47,6 +51,8 @@ def is_decided(case: Case) -> bool:
     policy = case.plan.policy
     if is_consistent(case.evidence, policy):
         return True
+    if looks_like_temperature(case.evidence, policy):
+        return case.evidence.log_size.size >= policy.min_answers_consistent
     if differs_after(case.evidence, policy) is None:
         return False
     # A wrong prompt is told from wrong weights by token counts, where the endpoint reports any.
@@ -101,7 +107,7 @@ def judge(
         completion_tokens=completion_tokens,
         cost_usd=price.cost_usd(prompt_tokens, completion_tokens) if price is not None else None,
         stopped_because=stopped_because,
-        endpoint_refused=not case.capability.reachable,
+        endpoint_refused=case.capability.refused is not None,
         observations_sha256=sha256_hex(canonical_bytes(observed)),
     )
     return Findings(weighbridge_version=__version__, capability=case.capability, findings=findings), verdict
@@ -148,7 +154,7 @@ def _sentence(case: Case, word: VerdictWord, cause: Cause | None, by_axis: dict[
         }.get(str(cause), "in a way that no recorded variant explains")  # fmt: skip
         return f"Differs from the reference under the policy {policy.id}: served {named}. {finding.summary}."
     if not case.capability.reachable:
-        return "Not verified: the endpoint did not answer."
+        return f"Not verified: {'the endpoint did not answer' if case.capability.refused else 'nothing was asked'}."
     open_question = weights if weights.outcome != "consistent" else by_axis["prompt"]
     return f"Not verified: {open_question.summary[0].lower()}{open_question.summary[1:]}."
 

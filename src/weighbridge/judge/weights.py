@@ -13,13 +13,25 @@ from weighbridge.stats.residuals import mean_interval, scale_interval
 
 CONFIDENCE = 0.95
 MIN_TOP_LOGPROBS = 5
+SLOPE_TOLERANCE = 0.1
+ANSWERED_SHARE = 0.9  # of the probes asked: what an endpoint leaves out may be what would tell
 HONEST_LOOKING_SHARE = 0.25
 LOG10 = float(np.log(10))
 
 
+def looks_like_temperature(evidence: WeightEvidence, policy: Policy) -> bool:
+    """Whether the residuals are those of a temperature that was applied and not asked for, and nothing more.
+
+    That is a matter of sampling, and says nothing about the weights.
+    """
+    rejected = evidence.log_size.max() >= np.log(policy.differs_e_value)
+    explained = evidence.log_after_slope.max() < np.log(policy.differs_e_value)
+    return bool(rejected and explained and abs(evidence.slope - 1) > SLOPE_TOLERANCE)
+
+
 def differs_after(evidence: WeightEvidence, policy: Policy) -> int | None:
     """After how many answers the honest library is rejected, or None."""
-    if evidence.log_total.size < policy.min_answers:
+    if evidence.log_total.size < policy.min_answers or looks_like_temperature(evidence, policy):
         return None
     reached = first_crossing(evidence.log_total, policy.differs_e_value)
     return None if reached is None else max(reached, policy.min_answers)
@@ -34,7 +46,12 @@ def excluded_variants(evidence: WeightEvidence, policy: Policy) -> list[bool]:
 
 
 def is_consistent(evidence: WeightEvidence, policy: Policy) -> bool:
-    """Whether every departure that size can speak of is excluded, and the library is not rejected."""
+    """Whether every departure that size can speak of is excluded, and the library is not rejected.
+
+    Every stack of the library has answered every probe, so an endpoint that leaves many out is not consistent.
+    """
+    if evidence.log_total.size < ANSWERED_SHARE * evidence.asked or looks_like_temperature(evidence, policy):
+        return False
     if evidence.log_total.size < policy.min_answers_consistent or not evidence.excludable.any():
         return False
     excluded = excluded_variants(evidence, policy)
@@ -90,7 +107,7 @@ def check_weights(case: Case) -> Finding:
             check="weights",
             axis="weights",
             outcome="error",
-            summary="The endpoint did not answer",
+            summary="The endpoint did not answer" if case.capability.refused else "Nothing was asked",
             to_resolve="Run the audit again when it does",
         )
     if case.capability.top_logprobs < MIN_TOP_LOGPROBS:
@@ -178,6 +195,18 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
         return Finding(
             **common, effects=effects, outcome="consistent",
             summary=f"The logprobs are the reference's within {noise:.2g} nats (95 % interval {low:.2g} to {high:.2g}); honest stacks are allowed {policy.null_scale_floor_nats:g}",
+        )  # fmt: skip
+    if looks_like_temperature(evidence, policy):
+        return Finding(
+            **common, effects=effects, outcome="inconclusive",
+            summary=f"The logprobs are the reference's at a temperature of about {1 / evidence.slope:.2g}, although 1 was asked for; that says nothing about the weights",
+            to_resolve="Ask the host why the temperature is not honoured",
+        )  # fmt: skip
+    if n < ANSWERED_SHARE * evidence.asked:
+        return Finding(
+            **common, effects=effects, outcome="inconclusive",
+            summary=f"Only {n} of {evidence.asked} probes came back with usable logprobs; what is left out may be what would tell",
+            to_resolve="Ask the host why some answers carry no logprobs",
         )  # fmt: skip
     return Finding(
         **common, effects=effects, outcome="inconclusive",

@@ -1,5 +1,6 @@
 """report.html: one self-contained page without JavaScript."""
 
+import math
 from pathlib import Path
 
 import jinja2
@@ -37,18 +38,10 @@ def write_html(folder: Path, report: Report) -> None:
         pictures = {
             "scale": scale_plot(details),
             "direction": direction_plot(details),
-            "course": course_plot(
-                details, 3.0 if report.policy.differs_e_value == 1000 else _log10(report.policy.differs_e_value)
-            ),
+            "course": course_plot(details, math.log10(report.policy.differs_e_value)),
         }
     page = environment.get_template("report.html").render(
         report=report, verdict=report.verdict, findings=report.findings.findings, capability=report.findings.capability,
         details=details, pictures=pictures, marks=MARKS, words=WORDS, questions=QUESTIONS,
     )  # fmt: skip
     write_atomically(folder / "report.html", page.encode())
-
-
-def _log10(value: float) -> float:
-    import math
-
-    return math.log10(value)
