@@ -480,7 +480,7 @@ def sentinels_only(call: Call) -> None:
 @pytest.mark.parametrize("fault", [short_list, improbable_strangers, sentinels_only])
 def test_lists_that_cannot_be_compared_are_inconclusive(fault: Answer, audit: Callable[..., Ended], run: Path) -> None:
     with FaultServer(first(CAPABILITY_CALLS, well_formed, fault)) as server:
-        ended = audit(server.base_url, max_requests=CAPABILITY_CALLS + 8)
+        ended = audit(server.base_url, max_requests=CAPABILITY_CALLS + 12)
     assert_nobody_is_accused(ended, run)
     assert ended.code == INCONCLUSIVE
 
@@ -582,7 +582,9 @@ def test_a_killed_audit_can_be_judged_and_resumed(run: Path, reference: str, wei
         server.answer = refuses(404, "the model is gone")
         before = len(server.requests)
         ended = weighbridge_cli("resume", run)
-        assert [r.prompt for r in server.requests[before:]] == [server.requests[before - 1].prompt]
+        asked = [r.prompt for r in server.requests[before:]]
+        assert asked[0] == server.requests[before - 1].prompt, "what was under way is asked again"
+        assert len(asked) == len(set(asked)) == 3, "one missing answer may be the probe's; three are the endpoint's"
     assert_fault(ended, run, UNREACHABLE, "the model is gone")
 
 

@@ -13,12 +13,11 @@ from weighbridge.capability import (
     read_capability,
     sampling_of,
 )
-from weighbridge.collect import Budget, Collector, WaitTooLongError
+from weighbridge.collect import Budget, Collector, WaitTooLongError, is_transient
 from weighbridge.dialects import DIALECTS
 from weighbridge.errors import BundleError
-from weighbridge.judge.library import Library, build_library
+from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_library
 from weighbridge.judge.verdict import is_decided, judge, open_case
-from weighbridge.judge.weights import MIN_TOP_LOGPROBS
 from weighbridge.keys import Key
 from weighbridge.observe import observe
 from weighbridge.plan import check_draw, worst_case_prompt_tokens
@@ -66,6 +65,7 @@ class Auditor:
         self._folder = folder
         self._dialect = DIALECTS[endpoint.dialect]
         self._library: Library | None = None
+        self._fruitless = False  # enough answers came back, and none with logprobs that can be compared
         exchanges, self._stopped = folder.exchanges()
         self._attempts: dict[str, list[Exchange]] = {}
         for exchange in exchanges:
@@ -115,8 +115,8 @@ class Auditor:
             self._plan.probe_requests if enough_logprobs else self._plan.probe_requests[:COUNTED_WITHOUT_LOGPROBS]
         )
         waiting = [r for r in requests if r.request_id not in self._seen]
-        # What failed before goes last, so that one forbidden probe does not stop every `resume`.
-        waiting.sort(key=lambda r: r.request_id in self._attempts)
+        # What was refused before goes last, so that one forbidden probe does not stop every `resume`.
+        waiting.sort(key=lambda r: self._was_refused(r.request_id))
         running: set[asyncio.Task[tuple[str | None, Observation | None]]] = set()
         because: str | None = "decided" if self._decided(capability) else None
         failures = 0
@@ -138,9 +138,15 @@ class Auditor:
                     because = because or "unreachable"
                 elif because is None and self._decided(capability):
                     because = "decided"
+                elif because is None and self._fruitless:
+                    because = "level_not_supported"
         finally:
             for task in running:
                 task.cancel()
+
+    def _was_refused(self, request_id: str) -> bool:
+        attempts = self._attempts.get(request_id)
+        return attempts is not None and not is_transient(attempts[-1].received)
 
     @staticmethod
     def _outcome(task: "asyncio.Task[tuple[str | None, Observation | None]]") -> tuple[str | None, Observation | None]:
@@ -179,6 +185,7 @@ class Auditor:
         answers = [self._seen[r.request_id] for r in self._plan.probe_requests if r.request_id in self._seen]
         case = open_case(self._plan, capability, answers, self._library)
         evidence = case.evidence
+        self._fruitless = evidence is None and len(answers) >= COUNTED_WITHOUT_LOGPROBS
         self._onlooker(
             Progress(
                 stage="probes" if answers else "capability",

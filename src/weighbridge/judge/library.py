@@ -11,6 +11,7 @@ from weighbridge.reference.bundle import Bundle, StackRecord
 from weighbridge.stats.residuals import centred_difference, direction_cosine, log_scale, reference_at
 
 Floats = NDArray[np.float64]
+MIN_TOP_LOGPROBS = 5  # a shorter list cannot be compared
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,9 @@ def residuals(library: Library, observations: list[Observation]) -> Residuals:
     """Line an endpoint's top-k lists up with the reference's."""
     bundle, k = library.bundle, library.top_k
     column_of = {probe_id: i for i, probe_id in enumerate(library.probe_ids)}
-    usable = [o for o in observations if o.top is not None and o.probe_id in column_of]
+    usable = [
+        o for o in observations if o.top is not None and len(o.top) >= MIN_TOP_LOGPROBS and o.probe_id in column_of
+    ]
     n = len(usable)
     endpoint_nats = np.full((n, k), np.nan)
     reference_nats = np.full((n, k), np.nan)

@@ -4,12 +4,11 @@ from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, rounded, sha256_hex
 from weighbridge.judge.case import Case, Check
 from weighbridge.judge.faults import explain
-from weighbridge.judge.library import Library, residuals
+from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, residuals
 from weighbridge.judge.other_axes import check_route, check_sampling, check_share, check_usage
 from weighbridge.judge.prompt import check_prompt
 from weighbridge.judge.sizes import weigh
 from weighbridge.judge.weights import (
-    MIN_TOP_LOGPROBS,
     check_weights,
     differs_after,
     is_consistent,

@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighbridge.judge.case import Case
+from weighbridge.judge.library import MIN_TOP_LOGPROBS
 from weighbridge.judge.sizes import WeightEvidence
 from weighbridge.records import Cause, Effect, Finding, Policy
 from weighbridge.stats.evidence import first_crossing
 from weighbridge.stats.residuals import mean_interval, scale_interval
 
 CONFIDENCE = 0.95
-MIN_TOP_LOGPROBS = 5
 SLOPE_TOLERANCE = 0.1
 ANSWERED_SHARE = 0.9  # of the probes asked: what an endpoint leaves out may be what would tell
 HONEST_LOOKING_SHARE = 0.25
