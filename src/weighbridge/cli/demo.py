@@ -58,7 +58,8 @@ def _print_table(results: list[DemoResult], folder: Path, right: bool) -> None:
         box=None,
         padding=(0, 2, 0, 0),
     )
-    for heading in ("what it really is", "verdict", "cause", "requests", "seconds", "as expected"):
+    table.add_column("what it really is", no_wrap=True)
+    for heading in ("verdict", "cause", "requests", "seconds", "right"):
         table.add_column(heading)
     for r in results:
         style = {"consistent": "green", "differs": "red"}.get(r.verdict, "yellow")
