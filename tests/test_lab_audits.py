@@ -171,6 +171,23 @@ def test_some_requests_elsewhere_is_not_called_consistent(backend: Backend, tmp_
     assert verdict.axes["share"] == "inconsistent"
 
 
+def test_a_spent_budget_can_be_raised(backend: Backend, tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "endpoint.toml"
+    with Front(backend("q4_0").port, Lies()) as front:
+        file.write_text(
+            f'name = "lab"\nbase_url = "{front.base_url}"\nmodel = "{MODEL_NAME}"\nreference = "{REFERENCE}"\n'
+            "[price]\nprompt_usd_per_million_tokens = 1\ncompletion_usd_per_million_tokens = 1\n"
+        )
+        command = ["audit", str(file), "--out", str(run), "--max-cost", "0.0004"]
+        first = CliRunner().invoke(cli, command, standalone_mode=False)
+        spent = json.loads((run / "verdict.json").read_bytes())["cost_usd"]
+        second = CliRunner().invoke(cli, ["resume", str(run), "--max-cost", "0.01"], standalone_mode=False)
+    assert first.return_value == 5, first.output
+    assert 0 < spent <= 0.0004
+    assert second.return_value == 1, second.output
+    assert json.loads((run / "verdict.json").read_bytes())["exact_variant"] == "q4_0"
+
+
 def test_without_a_reference_the_weights_are_not_supported(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("f16").port, Lies()) as front:
         command = ["audit", "--base-url", front.base_url, "--model", MODEL_NAME, "--out", str(tmp_path / "run")]

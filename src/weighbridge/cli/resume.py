@@ -17,6 +17,7 @@ from weighbridge.store import RunFolder
 @click.option("--base-url", help="The endpoint's base URL, given again; needed for a run that you did not start.")
 @click.option("--api-key-env", metavar="NAME", help="The environment variable that holds the key, given again.")
 @click.option("--max-requests", type=int, help="Another limit on requests, those already sent included.")
+@click.option("--max-cost", type=float, metavar="USD", help="Another limit on cost, what was spent included.")
 @click.option("--reference", help="Where the reference bundle is now.")
 @fail_on_option
 @json_option
@@ -25,6 +26,7 @@ def resume_command(
     base_url: str | None,
     api_key_env: str | None,
     max_requests: int | None,
+    max_cost: float | None,
     reference: str | None,
     fail_on: str,
     as_json: bool,
@@ -46,9 +48,9 @@ def resume_command(
         endpoint = checked(
             Endpoint, endpoint.model_dump(by_alias=True) | {"api_key_env": api_key_env}, "the command line"
         )
-    if max_requests is not None:
-        limits = endpoint.limits.model_dump() | {"max_requests": max_requests}
-        endpoint = checked(Endpoint, endpoint.model_dump(by_alias=True) | {"limits": limits}, "the command line")
+    limits = {"max_requests": max_requests, "max_cost_usd": max_cost}
+    changed = endpoint.limits.model_dump() | {name: value for name, value in limits.items() if value is not None}
+    endpoint = checked(Endpoint, endpoint.model_dump(by_alias=True) | {"limits": changed}, "the command line")
     bundle = bundle_of(plan, reference)
     key = key_for(endpoint.api_key_env, endpoint.origin)
     try:
