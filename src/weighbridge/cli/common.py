@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ def reference_of(endpoint: Endpoint) -> Bundle | None:
 def new_run_folder(endpoint: Endpoint) -> Path:
     """A folder of its own for each run, under reports/."""
     name = re.sub(r"[^a-z0-9]+", "-", endpoint.name.lower()).strip("-")[:50] or "endpoint"
-    return Path("reports") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    return Path("reports") / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
 
 
 @contextmanager
