@@ -2,7 +2,8 @@
 
 Every probe of the pool is really sent, once, to a lab endpoint of each variant; the exchanges are kept under
 .benchmarks-cache/ and audits are drawn from them again and again, as the keyed draw of an audit would draw them.
-No threshold was chosen on these exchanges: all of them stand in the policy file with their sources.
+No threshold of a verdict was chosen on these exchanges: they stand in the policy file with their sources. The rule that
+names a family of departures (its whole interval, not its mean) was tightened after a first look at them.
 
     python benchmarks/first_weighing.py [--quick] [--seed 1] [--json]
 """

@@ -304,7 +304,7 @@ def test_a_run_without_its_mark_is_not_own(tmp_path: Path, spoil: Callable[[Path
     assert not folder.is_own(folder.plan())
 
 
-def test_a_copied_mark_is_worth_nothing_for_another_plan(tmp_path: Path) -> None:
+def test_a_copied_mark_is_void_for_another_plan(tmp_path: Path) -> None:
     first = small_folder(tmp_path)
     second = RunFolder.create(tmp_path / "second", small_plan("another"))
     (second.path / "owner").write_bytes((first.path / "owner").read_bytes())
