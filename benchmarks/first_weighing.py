@@ -37,8 +37,8 @@ ALTERED = (
     "q4_0",
     "int8",
     "fp8-e4m3",
-    "int4",
-    "int3",
+    "int4-g64",
+    "int3-g64",
     "kv-q8_0",
     "kv-q4_0",
     "depth-24",
@@ -93,9 +93,9 @@ def audit_again(
     return verdict.verdict, verdict.cause, verdict.exact_variant, reached, verdict.axes["weights"]
 
 
-def without(bundle: Bundle, stack_id: str) -> Bundle:
-    """The bundle as if one variant had never been recorded."""
-    keep = [i for i, s in enumerate(bundle.manifest.stacks) if s.id != stack_id]
+def keeping(bundle: Bundle, stack_ids: set[str]) -> Bundle:
+    """The bundle as if only these stacks had been recorded."""
+    keep = [i for i, s in enumerate(bundle.manifest.stacks) if s.id in stack_ids]
     manifest = bundle.manifest.model_copy(update={"stacks": [bundle.manifest.stacks[i] for i in keep]})
     return dataclasses.replace(bundle, manifest=manifest, logprobs_nats=bundle.logprobs_nats[keep])
 
@@ -144,8 +144,10 @@ def main() -> int:
                     median <= limit,
                     (float(needed.min()), float(needed.max())),
                 )
-        if name in bundle.stack_index:
-            unknown = build_library(without(bundle, name), policy, 20)
+        if name in {s.variant for s in bundle.manifest.stacks}:
+            unknown = build_library(
+                keeping(bundle, {s.id for s in bundle.manifest.stacks if s.variant != name}), policy, 20
+            )
             rows = [audit_again(*recorded, unknown, f"{arguments.seed}-{name}-{d}") for d in range(20)]
             causes = sorted({f"{r[0]}, {r[1]}" for r in rows})
             names = sum(r[2] is not None for r in rows)

@@ -174,7 +174,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._take({})
 
     def do_POST(self) -> None:
-        self._take(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        length = int(self.headers["content-length"])
+        body = self.rfile.read(length)
+        if len(body) < length:  # the client has left
+            self.close_connection = True
+            return
+        self._take(json.loads(body))
 
     def _take(self, document: dict[str, Any]) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}

@@ -1,8 +1,8 @@
 """Files that cannot be used: one line that names the file or the field and what to do, and exit code 2."""
 
 import hashlib
-import io
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -14,9 +14,9 @@ import pytest
 
 from conftest import Ended, Weighbridge
 from fault_server import MODEL, FaultServer, first, refuses, well_formed
-from weighbridge.canonical import file_sha256
+from test_bundle import edit, make, saved, swap_arrays, unpacked
 from weighbridge.reference import bundle as bundles
-from weighbridge.reference.bundle import load_bundle, manifest_digest, resolve
+from weighbridge.reference.bundle import load_bundle, manifest_digest
 
 CONFIGURATION, UNREACHABLE = 2, 4
 HEAD = f'name = "shop"\nbase_url = "https://a.example/v1"\nmodel = "{MODEL}"\n'
@@ -137,7 +137,7 @@ def test_options_that_cannot_be_used(options: list[str], named: str, weighbridge
 POLICIES: dict[str, tuple[Callable[[str], str], str]] = {
     "unknown field": (lambda text: f"lenient = true\n{text}", "unknown field lenient"),
     "missing field": (lambda text: text.replace("score_cap", "# score_cap"), "score_cap"),
-    "wrong type": (lambda text: text.replace("version = 1", 'version = "one"'), "version"),
+    "wrong type": (lambda text: re.sub(r"(?m)^version = \d+", 'version = "one"', text), "version"),
     "unknown axis": (lambda text: text.replace('"route"', '"colour"'), "requires"),
     "evidence of nothing": (lambda text: text.replace("differs_e_value = 1000.0", "differs_e_value = 1.0"), "differs_e_value"),
     "not TOML": (lambda text: text + "=", "is not TOML"),
@@ -158,29 +158,26 @@ def test_policy_file_that_cannot_be_used(case: str, weighbridge_cli: Weighbridge
 
 
 # -- bundles ---------------------------------------------------------------------------------------------------
+# What a bundle's arrays and manifest may not hold stands in test_bundle.py; here: what a command makes of it.
 
 
 @pytest.fixture
-def bundle(reference: str, tmp_path: Path) -> Path:
-    """A copy of the reference bundle, to be broken."""
-    return shutil.copytree(resolve(reference), tmp_path / "bundle")
+def bundle(tmp_path: Path) -> Path:
+    """A small bundle, to be broken."""
+    return make(tmp_path / "bundle")
 
 
 def change_manifest(bundle: Path, **fields: object) -> None:
-    file = bundle / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_bytes()) | fields), "utf-8")
+    edit(bundle, lambda document: document.update(fields))
 
 
-def replace_arrays(bundle: Path, **arrays: np.ndarray[Any, Any] | None) -> None:
-    """Other arrays, with the hash in the manifest made to match; None leaves one out."""
-    with np.load(bundle / "arrays.npz") as loaded:
-        whole = {name: loaded[name] for name in loaded.files} | arrays
-    np.savez(bundle / "arrays.npz", **{name: array for name, array in whole.items() if array is not None})
-    sign(bundle)
+def change_pool(bundle: Path, **fields: object) -> None:
+    edit(bundle, lambda document: document["pools"][0].update(fields))
 
 
-def sign(bundle: Path) -> None:
-    change_manifest(bundle, arrays_sha256=file_sha256(bundle / "arrays.npz"))
+def replace_arrays(bundle: Path, **arrays: np.ndarray[Any, Any]) -> None:
+    """Other arrays, with the hash in the manifest made to match."""
+    swap_arrays(bundle, saved(unpacked(bundle) | arrays))
 
 
 def flip_a_byte(bundle: Path) -> None:
@@ -194,193 +191,122 @@ def no_arrays(bundle: Path) -> None:
     (bundle / "arrays.npz").unlink()
 
 
-def no_manifest(bundle: Path) -> None:
-    (bundle / "manifest.json").unlink()
+def no_licence(bundle: Path) -> None:
+    (bundle / "licence.txt").unlink()
 
 
 def manifest_that_is_no_json(bundle: Path) -> None:
     (bundle / "manifest.json").write_text("{", "utf-8")
 
 
-def manifest_that_is_a_list(bundle: Path) -> None:
-    (bundle / "manifest.json").write_text("[]", "utf-8")
-
-
-def manifest_that_is_not_utf8(bundle: Path) -> None:
-    (bundle / "manifest.json").write_bytes(b'{"id": "\xff"}')
-
-
-def manifest_nested_without_end(bundle: Path) -> None:
-    (bundle / "manifest.json").write_text("[" * 200_000, "utf-8")
-
-
-def manifest_with_an_unknown_field(bundle: Path) -> None:
-    change_manifest(bundle, on_load="rm -rf /")
+def manifest_of_the_first_version(bundle: Path) -> None:
+    change_manifest(bundle, schema="weighbridge/bundle/1")
 
 
 def manifest_of_another_pool(bundle: Path) -> None:
-    pool = json.loads((bundle / "manifest.json").read_bytes())["pool"]
-    change_manifest(bundle, pool=pool | {"sha256": "0" * 64})
+    change_pool(bundle, sha256="0" * 64)
 
 
-def manifest_of_an_unknown_pool(bundle: Path) -> None:
-    pool = json.loads((bundle / "manifest.json").read_bytes())["pool"]
-    change_manifest(bundle, pool=pool | {"id": "../../etc"})
+def manifest_of_another_version_of_the_pool(bundle: Path) -> None:
+    change_pool(bundle, version=2)
 
 
-def manifest_with_an_unknown_reference_stack(bundle: Path) -> None:
-    change_manifest(bundle, reference_stack="nobody")
+def manifest_of_a_pool_that_is_not_there(bundle: Path) -> None:
+    change_pool(bundle, id="nowhere")
+    edit(bundle, lambda document: [stack.update(pools=["nowhere"]) for stack in document["stacks"]])
 
 
 def manifest_with_probes_that_the_pool_lacks(bundle: Path) -> None:
-    probes = json.loads((bundle / "manifest.json").read_bytes())["probe_ids"]
-    change_manifest(bundle, probe_ids=[f"nowhere-{probe_id}" for probe_id in probes])
+    edit(bundle, lambda document: document.update(probe_ids=[f"nowhere-{p}" for p in document["probe_ids"]]))
 
 
-def manifest_with_a_probe_twice(bundle: Path) -> None:
-    probes = json.loads((bundle / "manifest.json").read_bytes())["probe_ids"]
-    change_manifest(bundle, probe_ids=[probes[1], *probes[1:]])
+def pool_that_is_no_toml(bundle: Path) -> None:
+    (bundle / "pools" / "small" / "pool.toml").write_text("x = " + "[" * 100_000, "utf-8")
 
 
-def manifest_without_stacks(bundle: Path) -> None:
-    change_manifest(bundle, stacks=[])
-
-
-def arrays_without_hypotheses(bundle: Path) -> None:
-    change_manifest(bundle, hypotheses=[])
-    with np.load(bundle / "arrays.npz") as loaded:
-        probes = loaded["prompt_tokens"].shape[1]
-    replace_arrays(bundle, prompt_tokens=np.zeros((0, probes), np.int32))
+def pool_with_a_line_that_is_no_json(bundle: Path) -> None:
+    (bundle / "pools" / "small" / "probes.jsonl").write_text("[" * 200_000, "utf-8")
 
 
 def arrays_without_a_number(bundle: Path) -> None:
-    with np.load(bundle / "arrays.npz") as loaded:
-        shape = loaded["logprobs_nats"].shape
-    replace_arrays(bundle, logprobs_nats=np.full(shape, np.nan, np.float32))
-
-
-class Harmful:
-    """Says that it was unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pytest.fail, ("a pickle was loaded",)
-
-
-def arrays_with_a_pickle(bundle: Path) -> None:
-    replace_arrays(bundle, token_ids=np.array([Harmful()], dtype=object))
-
-
-def arrays_of_another_shape(bundle: Path) -> None:
-    replace_arrays(bundle, token_ids=np.zeros((3, 2), np.int32))
-
-
-def arrays_of_text(bundle: Path) -> None:
-    with np.load(bundle / "arrays.npz") as loaded:
-        shape = loaded["logprobs_nats"].shape
-    replace_arrays(bundle, logprobs_nats=np.full(shape, "x"))
-
-
-def arrays_without_one(bundle: Path) -> None:
-    replace_arrays(bundle, prompt_tokens=None)
+    replace_arrays(bundle, logprobs_nats=np.full_like(unpacked(bundle)["logprobs_nats"], np.nan))
 
 
 def arrays_without_a_vocabulary(bundle: Path) -> None:
-    replace_arrays(
-        bundle,
-        vocabulary_ids=np.zeros(0, np.int32),
-        vocabulary_offsets=np.zeros(1, np.int64),
-        vocabulary_bytes=np.zeros(0, np.uint8),
-    )
+    replace_arrays(bundle, vocabulary_offsets=np.zeros(1, np.int64), vocabulary_bytes=np.zeros(0, np.uint8))
 
 
-def arrays_that_are_no_archive(bundle: Path) -> None:
-    (bundle / "arrays.npz").write_bytes(b"not a zip file")
-    sign(bundle)
+def arrays_without_any_offset(bundle: Path) -> None:
+    replace_arrays(bundle, vocabulary_offsets=np.zeros(0, np.int64))
 
 
-def arrays_that_are_a_pickle(bundle: Path) -> None:
-    (bundle / "arrays.npz").write_bytes(b"\x80\x04N.")
-    sign(bundle)
+def arrays_without_rows(bundle: Path) -> None:
+    arrays = unpacked(bundle)
+    none = {name: arrays[name][:0] for name in ("row_probe", "row_position", "token_ids")}
+    replace_arrays(bundle, **none, logprobs_nats=arrays["logprobs_nats"][:, :0])
 
 
-def repack(bundle: Path, change: Callable[[str, bytes], bytes]) -> None:
-    file = bundle / "arrays.npz"
-    packed = io.BytesIO()
-    with zipfile.ZipFile(file) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, change(name, old.read(name)))
-    file.write_bytes(packed.getvalue())
-    sign(bundle)
-
-
-def arrays_that_claim_to_be_huge(bundle: Path) -> None:
-    """A header of a few bytes that asks for 8 TB."""
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)})
-    repack(bundle, lambda name, data: stream.getvalue() if name == "prompt_tokens.npy" else data)
+def arrays_of_another_byte_order(bundle: Path) -> None:
+    replace_arrays(bundle, row_probe=unpacked(bundle)["row_probe"].astype(">i4"))
 
 
 def arrays_that_cannot_be_unpacked(bundle: Path) -> None:
     """Bytes inside the packed data are wrong, and the hash matches."""
-    repack(bundle, lambda _, data: data)
     file = bundle / "arrays.npz"
     with zipfile.ZipFile(file) as archive:
         largest = max(archive.infolist(), key=lambda member: member.compress_size)
     content = bytearray(file.read_bytes())
     middle = largest.header_offset + largest.compress_size // 2
     content[middle : middle + 64] = b"\xff" * 64
-    file.write_bytes(content)
-    sign(bundle)
+    swap_arrays(bundle, bytes(content))
 
 
 def arrays_packed_in_an_unknown_way(bundle: Path) -> None:
-    file = bundle / "arrays.npz"
-    content = bytearray(file.read_bytes())
+    content = bytearray((bundle / "arrays.npz").read_bytes())
     local, central = content.find(b"PK\x03\x04"), content.find(b"PK\x01\x02")
     content[local + 8 : local + 10] = content[central + 10 : central + 12] = b"\x63\x00"
-    file.write_bytes(content)
-    sign(bundle)
+    swap_arrays(bundle, bytes(content))
 
 
 def arrays_with_a_password(bundle: Path) -> None:
-    file = bundle / "arrays.npz"
-    content = bytearray(file.read_bytes())
+    content = bytearray((bundle / "arrays.npz").read_bytes())
     local, central = content.find(b"PK\x03\x04"), content.find(b"PK\x01\x02")
     content[local + 6] |= 1
     content[central + 8] |= 1
-    file.write_bytes(content)
-    sign(bundle)
+    swap_arrays(bundle, bytes(content))
 
 
 BROKEN_BUNDLES: dict[Callable[[Path], None], str] = {
     flip_a_byte: "arrays.npz does not have the hash",
     no_arrays: "lacks arrays.npz",
-    no_manifest: "there is no reference bundle",
+    no_licence: "licence.txt",
     manifest_that_is_no_json: "manifest.json is not JSON",
-    manifest_that_is_a_list: "manifest.json",
-    manifest_that_is_not_utf8: "manifest.json is not JSON",
-    manifest_nested_without_end: "manifest.json is not JSON",
-    manifest_with_an_unknown_field: "unknown field on_load",
-    manifest_of_another_pool: "the pool",
-    manifest_of_an_unknown_pool: "'../../etc'",
-    manifest_with_an_unknown_reference_stack: "reference stack",
+    manifest_of_the_first_version: "manifest.json: field schema",
+    manifest_of_another_pool: "the pool small",
+    manifest_of_another_version_of_the_pool: "the pool small",
+    manifest_of_a_pool_that_is_not_there: "'nowhere'",
     manifest_with_probes_that_the_pool_lacks: "nowhere-",
-    manifest_with_a_probe_twice: "",
-    manifest_without_stacks: "",
-    arrays_without_hypotheses: "",
-    arrays_without_a_number: "",
-    arrays_with_a_pickle: "arrays.npz cannot be read",
-    arrays_of_another_shape: "token_ids has shape (3, 2)",
-    arrays_of_text: "arrays.npz",
-    arrays_without_one: "prompt_tokens",
-    arrays_without_a_vocabulary: "arrays.npz",
-    arrays_that_are_no_archive: "arrays.npz cannot be read",
-    arrays_that_are_a_pickle: "arrays.npz cannot be read",
-    arrays_that_claim_to_be_huge: "arrays.npz",
+    pool_that_is_no_toml: "pool.toml is not TOML",
+    pool_with_a_line_that_is_no_json: "probes.jsonl, line 1: not JSON",
+    arrays_without_a_number: "no probe that every stack has answered",
+    arrays_without_a_vocabulary: "vocabulary",
+    arrays_without_any_offset: "vocabulary",
+    arrays_without_rows: "a probe has no row",
+    arrays_of_another_byte_order: "row_probe is >i4",
     arrays_that_cannot_be_unpacked: "arrays.npz cannot be read",
     arrays_packed_in_an_unknown_way: "arrays.npz cannot be read",
     arrays_with_a_password: "arrays.npz cannot be read",
 }
+
+
+def assert_refused_before_anything_is_sent(bundle: Path, names: str, weighbridge_cli: Weighbridge, run: Path) -> None:
+    with FaultServer(refuses(401, "no")) as server:
+        where = ("--base-url", server.base_url, "--model", MODEL, "--reference", bundle)
+        ended = weighbridge_cli("audit", *where, "--out", run)
+        assert server.requests == []
+        assert_one_line(weighbridge_cli("plan", *where), names)
+    assert_one_line(ended, names)
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("breaks", BROKEN_BUNDLES)
@@ -388,13 +314,7 @@ def test_bundle_that_cannot_be_used(
     breaks: Callable[[Path], None], bundle: Path, weighbridge_cli: Weighbridge, run: Path
 ) -> None:
     breaks(bundle)
-    with FaultServer(refuses(401, "no")) as server:
-        ended = weighbridge_cli(
-            "audit", "--base-url", server.base_url, "--model", MODEL, "--reference", bundle, "--out", run
-        )
-        assert server.requests == []
-    assert_one_line(ended, BROKEN_BUNDLES[breaks])
-    assert not run.exists()
+    assert_refused_before_anything_is_sent(bundle, BROKEN_BUNDLES[breaks], weighbridge_cli, run)
 
 
 @pytest.mark.parametrize("breaks", BROKEN_BUNDLES)
@@ -405,18 +325,33 @@ def test_bundle_that_cannot_be_used_is_not_verified(
     assert_one_line(weighbridge_cli("reference", "verify", bundle), BROKEN_BUNDLES[breaks])
 
 
-def test_a_copied_bundle_is_whole(bundle: Path, weighbridge_cli: Weighbridge) -> None:
-    ended = weighbridge_cli("reference", "verify", bundle)
-    assert ended.code == 0, ended.err
-    assert "whole" in ended.out
+ELSEWHERE: dict[str, Any] = {"pools": []}
+PARTS: dict[str, tuple[list[str], dict[str, dict[str, Any]], str]] = {
+    "the reference alone": (["ref"], {}, "an honest stack beside the reference is needed"),
+    "no honest stack beside the reference": (["ref", "int8"], {}, "an honest stack beside the reference is needed"),
+    "no departure": (["ref", "honest"], {}, "a departure is needed"),
+    "wrong prompts only": (["ref", "honest", "int8"], {"int8": {"departure": "template"}}, "a departure is needed"),
+    "an honest stack that was asked nothing": (["ref", "honest", "int8"], {"honest": ELSEWHERE}, "an honest stack beside"),
+    "a departure that was asked nothing": (["ref", "honest", "int8"], {"int8": ELSEWHERE}, "a departure is needed"),
+    "a reference that was asked nothing": (["ref", "honest", "int8"], {"ref": ELSEWHERE}, "the reference stack is missing"),
+}  # fmt: skip
 
 
-def test_bundle_that_unpacks_to_too_much_is_refused(
-    bundle: Path, weighbridge_cli: Weighbridge, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("case", PARTS)
+def test_a_part_of_a_bundle_is_whole_but_nothing_is_judged_against_it(
+    case: str, tmp_path: Path, weighbridge_cli: Weighbridge, run: Path
 ) -> None:
-    monkeypatch.setattr("weighbridge.reference.bundle.MAX_UNPACKED_BYTES", 1000)
-    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was unpacked"))
-    assert_one_line(weighbridge_cli("reference", "verify", bundle), "arrays.npz unpacks to more than")
+    stacks, records, why = PARTS[case]
+    part = make(tmp_path / "part", stacks, records=records)
+    assert weighbridge_cli("reference", "verify", part).code == 0
+    assert why in weighbridge_cli("reference", "show", part).said
+    names = f"the bundle small cannot be judged against: {why}"
+    assert_refused_before_anything_is_sent(part, names, weighbridge_cli, run)
+
+
+def test_without_a_one_token_pool_nothing_is_judged(bundle: Path, weighbridge_cli: Weighbridge, run: Path) -> None:
+    change_pool(bundle, level="L5")
+    assert_refused_before_anything_is_sent(bundle, "it holds no one-token pool", weighbridge_cli, run)
 
 
 def test_manifest_of_too_many_bytes_is_refused(

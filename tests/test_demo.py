@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from weighbridge.demo import DEMO_VARIANTS
+from weighbridge.demo import BUNDLE, DEMO_VARIANTS
+from weighbridge.judge.library import build_library
+from weighbridge.judge.policy import load_policy
+from weighbridge.judge.weights import name_of
 from weighbridge.paths import cache_folder
+from weighbridge.reference.bundle import load_bundle
 
 pytestmark = pytest.mark.lab
 
@@ -56,9 +61,17 @@ def test_every_verdict_and_every_cause_is_right(demo: tuple[dict[str, Any], Path
 def test_an_honest_verdict_says_what_it_does_not_exclude(demo: tuple[dict[str, Any], Path], name: str) -> None:
     verdict = verdict_of(demo[1], name)
     assert verdict["axes"]["weights"] == verdict["axes"]["prompt"] == "consistent"
-    assert verdict["not_excluded"] == ["kv-q8_0"]
-    assert "kv-q8_0" in verdict["sentence"]
     assert {"q8_0", "int8", "fp8-e4m3", "q4_0"} <= set(verdict["excluded"])
+    assert "kv-q8_0" in verdict["not_excluded"]
+    assert "kv-q8_0" in verdict["sentence"]
+    # What is left is what size cannot tell from honest noise on some engine; every recorded departure is in one list.
+    library = build_library(load_bundle(BUNDLE), load_policy("strict"), 20)
+    assert set(verdict["excluded"]) | set(verdict["not_excluded"]) == {name_of(stack) for stack in library.variants}
+    smallest: dict[str, float] = {}
+    for stack in library.variants:
+        assert stack.noise_nats is not None
+        smallest[name_of(stack)] = min(stack.noise_nats, smallest.get(name_of(stack), stack.noise_nats))
+    assert all(smallest[variant] < np.exp(library.null_mean) for variant in verdict["not_excluded"])
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "depth-24"])

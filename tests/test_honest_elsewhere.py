@@ -57,17 +57,20 @@ def answers(bundle: Bundle, plan: Plan, spelling: Any, rng: np.random.Generator)
     reference = bundle.logprobs_nats[bundle.stack_index[bundle.manifest.reference_stack]].astype(np.float64)
     observations = []
     for request in plan.probe_requests[:ANSWERS]:
-        row = bundle.probe_index[request.probe.id]
+        row = bundle.row_index[request.probe.id]
         values = np.round((reference[row] + rng.normal(0, 0.045, reference.shape[1])) * 8) / 8
         values -= np.log(np.exp(values).sum() / np.exp(reference[row]).sum())
         order = np.argsort(-values)[:20]
         entries = [
-            {**spelling(bundle.token_bytes[int(bundle.token_ids[row, c])]), "logprob": min(float(values[c]), 0.0)}
+            {**spelling(bundle.vocabulary[bundle.token_ids[row, c]]), "logprob": min(float(values[c]), 0.0)}
             for c in order
         ]
         body = {
             "model": "SmolLM2-135M-Instruct",
-            "usage": {"prompt_tokens": int(bundle.prompt_tokens[0, row]), "completion_tokens": 1},
+            "usage": {
+                "prompt_tokens": int(bundle.prompt_tokens[0, bundle.probe_index[request.probe.id]]),
+                "completion_tokens": 1,
+            },
             "choices": [
                 {
                     "finish_reason": "length",

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from weighbridge.audit import judge_run
 from weighbridge.cli import cli
 from weighbridge.lab.front import MODEL_NAME, Front, Lies
-from weighbridge.lab.llamacpp import LlamaServer
+from weighbridge.lab.process import ModelServer
 from weighbridge.lab.provider import lab_backend
 from weighbridge.lab.variants import VARIANTS
 from weighbridge.paths import cache_folder
@@ -22,16 +22,16 @@ from weighbridge.store import RunFolder
 REFERENCE = "smollm2-135m-instruct"
 pytestmark = pytest.mark.lab
 
-Backend = Callable[[str], LlamaServer]
+Backend = Callable[[str], ModelServer]
 
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Backend]:
     """Servers of the variants that tests ask for, each started once."""
     with contextlib.ExitStack() as stack:
-        running: dict[str, LlamaServer] = {}
+        running: dict[str, ModelServer] = {}
 
-        def get(name: str) -> LlamaServer:
+        def get(name: str) -> ModelServer:
             if name not in running:
                 running[name] = stack.enter_context(lab_backend(VARIANTS[name], lambda _: None))
             return running[name]

@@ -92,7 +92,7 @@ def pictured_details() -> dict[str, Any]:
         ],
         "same_first_token_share": 0.9,
         "top_logprobs_used": 20,
-        "honest_families": 1,
+        "honest_families": ["llama.cpp/float16", "transformers/float32"],
     }
 
 

@@ -15,17 +15,25 @@ from weighbridge.judge.verdict import judge, open_case
 from weighbridge.plan import make_plan
 from weighbridge.records import (
     Capability,
+    Cause,
     Endpoint,
     Findings,
     Message,
     Observation,
     PlannedRequest,
-    PoolIdentity,
     Probe,
     TopToken,
     Verdict,
 )
-from weighbridge.reference.bundle import Bundle, HypothesisRecord, Manifest, StackRecord, WeightsSource
+from weighbridge.reference.bundle import (
+    Bundle,
+    HypothesisRecord,
+    Manifest,
+    PoolRecord,
+    Precision,
+    StackRecord,
+    WeightsSource,
+)
 from weighbridge.stats.evidence import (
     bounded_mean_process,
     bounded_score_process,
@@ -39,6 +47,7 @@ from weighbridge.stats.residuals import (
     direction_cosine,
     log_scale,
     mean_interval,
+    own_top,
     reference_at,
     scale_interval,
     share_upper_limit,
@@ -120,6 +129,12 @@ def test_the_stand_in_of_an_unlisted_token_understates_the_difference() -> None:
     true_reference = -7.0  # what the list is too short to say
     stand_in = reference_at(np.array([-1]), floats(-4), row, -5.0)[0]
     assert 0 < -4 - stand_in < -4 - true_reference
+
+
+def test_the_own_top_is_most_likely_first_and_unknown_values_are_last() -> None:
+    columns, values = own_top(np.array([[-3.0, NAN, -1.0, -2.0], [-1.0, -1.0, NAN, NAN]]), 3)
+    np.testing.assert_array_equal(columns, [[2, 3, 0], [0, 1, 2]])
+    np.testing.assert_array_equal(values, [[-1.0, -2.0, -3.0], [-1.0, -1.0, NAN]])
 
 
 def test_a_residual_points_along_itself_and_against_its_opposite() -> None:
@@ -434,40 +449,38 @@ def test_the_first_crossing_counts_answers(wealth: list[float], expected: int | 
 PROBES, LISTED, TOP = 40, 40, 20
 
 
+def stack_record(name: str, departure: Cause | None = None, departure_class: str | None = None) -> StackRecord:
+    return StackRecord(
+        id=name, description=name, departure=departure, departure_class=departure_class, family="none/float32", pools=["small"],
+        precision=Precision(weights="bf16", activations="bf16", kv_cache="bf16", logits="bf16"), engine={},
+    )  # fmt: skip
+
+
 def small_bundle() -> Bundle:
     """One honest stack and one coarse variant over a pool of forty probes and forty tokens."""
     rng = np.random.default_rng(60)
     reference = -np.sort(rng.exponential(3, (PROBES, LISTED)), axis=1) - 1
     honest = reference + rng.normal(0, 0.03, reference.shape)
     coarse = reference + rng.normal(0, 0.5, reference.shape)
-    stacks = [
-        StackRecord(id=name, description=name, departure=None, departure_class=None, engine="none", settings={})
-        for name in ("reference", "honest")
-    ]
-    stacks.append(
-        StackRecord(
-            id="coarse",
-            description="four bits",
-            departure="precision",
-            departure_class="int4",
-            engine="none",
-            settings={},
-        )
-    )
     manifest = Manifest(
         id="small", version=1, model="small", model_names=["small"], keeper="nobody", built_with="a test",
-        weights=WeightsSource(source="none", sha256="0", licence="none", precision="bf16"),
-        tokenizer_sha256="0", template_sha256="0", pool=PoolIdentity(id="small", version=1, sha256="0"),
-        probe_ids=[f"p-{n}" for n in range(PROBES)], top_k=LISTED, seed=0, machine="none", reference_stack="reference",
-        stacks=stacks, hypotheses=[HypothesisRecord(id="official", description="official", cause=None)], arrays_sha256="0",
+        weights=WeightsSource(source="none", precision="bf16", files={}), licence=None, vocabulary_sha256="0", template_sha256="0",
+        pools=[PoolRecord(id="small", version=1, sha256="0", level="L3", probes=list(range(PROBES)))],
+        probe_ids=[f"p-{n}" for n in range(PROBES)], top_k=LISTED, shard=PROBES, reference_stack="reference",
+        stacks=[stack_record("reference"), stack_record("honest"), stack_record("coarse", "precision", "int4")],
+        hypotheses=[HypothesisRecord(id="official", description="official", cause=None, template_sha256="0")], arrays_sha256="0",
     )  # fmt: skip
     return Bundle(
         manifest,
         Path("nowhere"),
-        np.tile(np.arange(LISTED, dtype=np.int32), (PROBES, 1)),
-        np.stack([reference, honest, coarse]).astype(np.float32),
-        np.full((1, PROBES), 50, np.int32),
-        {n: bytes([65 + n]) for n in range(LISTED)},
+        prompt_ids=np.zeros(PROBES * 50, np.int32),
+        prompt_offsets=np.arange(PROBES + 1, dtype=np.int64) * 50,
+        row_probe=np.arange(PROBES, dtype=np.int32),
+        row_position=np.full(PROBES, 49, np.int32),
+        token_ids=np.tile(np.arange(LISTED, dtype=np.int32), (PROBES, 1)),
+        logprobs_nats=np.stack([reference, honest, coarse]).astype(np.float32),
+        prompt_tokens=np.full((1, PROBES), 50, np.int32),
+        vocabulary=tuple(bytes([65 + n]) for n in range(LISTED)),
     )
 
 

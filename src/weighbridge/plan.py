@@ -7,8 +7,8 @@ from pathlib import Path
 from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, sha256_hex
 from weighbridge.capability import capability_requests
-from weighbridge.errors import BundleError, RunFolderError
-from weighbridge.probes import Pool, draw, load_pool
+from weighbridge.errors import BundleError, ConfigurationError, RunFolderError
+from weighbridge.probes import Level, Pool, draw, load_pool
 from weighbridge.records import (
     BundleIdentity,
     Draw,
@@ -20,7 +20,7 @@ from weighbridge.records import (
     PoolIdentity,
     Probe,
 )
-from weighbridge.reference.bundle import EMBEDDED, Bundle
+from weighbridge.reference.bundle import EMBEDDED, Bundle, PoolRecord, unfit_to_judge
 
 MOST_CAPABILITY_REQUESTS = 4
 # What a template adds to a message at most, in tokens; a token is at least one byte.
@@ -34,22 +34,39 @@ def worst_case_prompt_tokens(probe: Probe) -> int:
     )
 
 
-def pool_of(bundle: Bundle) -> Pool:
-    """The pool that a bundle was recorded on.
+def pool_of(bundle: Bundle, level: Level = "L3") -> Pool:
+    """The pool that a bundle was recorded on for a level of evidence.
 
     Raises
     ------
     BundleError
-        If the pool at hand is not the one that the bundle names.
+        If it has none, or the pool at hand is not the one that the bundle names.
     """
-    carried = bundle.path / "pool"
-    pool = load_pool(str(carried) if carried.is_dir() else bundle.manifest.pool.id)
-    if pool.identity != bundle.manifest.pool:
+    recorded = bundle.pool_at(level)
+    if recorded is None:
+        raise BundleError(f"the bundle {bundle.manifest.id} holds no pool for level {level}", "Record it with one")
+    return pool_at_hand(bundle, recorded)
+
+
+def pool_at_hand(bundle: Bundle, recorded: PoolRecord) -> Pool:
+    """A pool of a bundle: the one that the bundle carries, else the package's.
+
+    Raises
+    ------
+    BundleError
+        If it is not at hand, is not the one that the bundle names, or lacks one of its probes.
+    """
+    carried = bundle.path / "pools" / recorded.id
+    try:
+        pool = load_pool(str(carried) if carried.is_dir() else recorded.id)
+    except ConfigurationError as error:
+        raise BundleError(error.what, f"Put the pool into the bundle's folder as pools/{recorded.id}") from None
+    if pool.identity != PoolIdentity(id=recorded.id, version=recorded.version, sha256=recorded.sha256):
         raise BundleError(
-            f"the pool {bundle.manifest.pool.id} at hand is not the one that the bundle {bundle.manifest.id} was recorded on",
-            "Use the version of Weighbridge that carries that pool, or put the pool into the bundle's folder as pool/",
+            f"the pool {recorded.id} at hand is not the one that the bundle {bundle.manifest.id} was recorded on",
+            f"Use the version of Weighbridge that carries that pool, or put the pool into the bundle's folder as pools/{recorded.id}",
         )
-    unknown = set(bundle.manifest.probe_ids) - {probe.id for probe in pool.probes}
+    unknown = {bundle.manifest.probe_ids[i] for i in recorded.probes} - {probe.id for probe in pool.probes}
     if unknown:
         raise BundleError(
             f"the bundle {bundle.manifest.id} names the probe {min(unknown)}, which its pool lacks",
@@ -79,12 +96,18 @@ def make_plan(
     Raises
     ------
     BundleError
-        If the bundle's pool is not at hand.
+        If the bundle's pool is not at hand, or it lacks what judging needs: that is said before anything is paid for.
     """
     seed = seed if seed is not None else secrets.token_hex(16)
     probes: list[Probe] = []
     identity: PoolIdentity | None = None
     if bundle is not None:
+        problem = unfit_to_judge(bundle)
+        if problem is not None:
+            raise BundleError(
+                f"the bundle {bundle.manifest.id} cannot be judged against: {problem}",
+                "Record or merge what is missing",
+            )
         pool = pool_of(bundle)
         identity = pool.identity
         by_id = {probe.id: probe for probe in pool.probes}

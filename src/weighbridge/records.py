@@ -425,6 +425,8 @@ def read_toml(kind: type[AnyRecord], path: Path) -> AnyRecord:
         raise ConfigurationError(f"{path} cannot be read ({error})", "Check the file") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path} is not TOML: {error}", "Correct that line") from None
+    except RecursionError:
+        raise ConfigurationError(f"{path} is not TOML: it is nested too deep", "Correct it") from None
     return checked(kind, table, str(path))
 
 

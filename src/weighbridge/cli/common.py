@@ -155,6 +155,6 @@ def show_run(folder: RunFolder, plan: Plan, findings: Findings, verdict: Verdict
         print_summary(Console(), report, str(folder.path))
 
 
-def print_json(document: dict[str, Any]) -> None:
-    """Print one JSON document to stdout."""
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True))
+def print_json(document: dict[str, Any], *, ascii_only: bool = False) -> None:
+    """Print one JSON document to stdout; `ascii_only` keeps a stranger's control characters escaped in a terminal."""
+    click.echo(json.dumps(document, indent=1, ensure_ascii=ascii_only, sort_keys=True))

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from weighbridge.errors import BundleError
 from weighbridge.records import Observation, Policy
-from weighbridge.reference.bundle import Bundle, StackRecord
-from weighbridge.stats.residuals import centred_difference, direction_cosine, log_scale, reference_at
+from weighbridge.reference.bundle import Bundle, StackRecord, unfit_to_judge
+from weighbridge.stats.residuals import centred_difference, direction_cosine, log_scale, own_top, reference_at
 
 Floats = NDArray[np.float64]
 MIN_TOP_LOGPROBS = 5  # a shorter list cannot be compared
@@ -56,13 +56,28 @@ class Library:
     null_sd: float
     null_cosines: dict[str, float]
 
+    @property
+    def families(self) -> list[str]:
+        """Engine and compute type of every honest stack, the reference's included."""
+        stacks = [s for s in self.bundle.manifest.stacks if s.id == self.bundle.manifest.reference_stack]
+        return sorted({stack.family for stack in (*stacks, *self.honest)})
+
 
 def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
     """Compute the library once per audit."""
+    pool, problem = bundle.pool_at("L3"), unfit_to_judge(bundle)
+    if problem is not None or pool is None:
+        raise BundleError(
+            f"the bundle {bundle.manifest.id} cannot be judged against: {problem}", "Record or merge what is missing"
+        )
     probe_ids = bundle.usable_probe_ids
-    rows = np.array([bundle.probe_index[p] for p in probe_ids], np.int64)
+    rows = np.array([bundle.row_index[p] for p in probe_ids], np.int64)
     reference = bundle.stack_index[bundle.manifest.reference_stack]
-    others = [s for s in bundle.manifest.stacks if s.id != bundle.manifest.reference_stack]
+    others = [
+        s
+        for s in bundle.manifest.stacks
+        if s.id != bundle.manifest.reference_stack and pool.id in s.pools and s.is_judged
+    ]
     honest = [s for s in others if s.departure is None or s.departure_class in policy.accepts]
     variants = [s for s in others if s not in honest]
     if not variants:
@@ -72,15 +87,13 @@ def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
         )
     reference_rows = bundle.logprobs_nats[reference].astype(np.float64)[rows]
 
-    def own_top(stack: StackRecord) -> tuple[NDArray[np.int64], Floats]:
-        values = bundle.logprobs_nats[bundle.stack_index[stack.id]].astype(np.float64)[rows]
-        columns = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=1, kind="stable")[:, :top_k]
-        return columns, np.take_along_axis(values, columns, axis=1)
+    def top_of(stack: StackRecord) -> tuple[NDArray[np.int64], Floats]:
+        return own_top(bundle.logprobs_nats[bundle.stack_index[stack.id]].astype(np.float64)[rows], top_k)
 
     def log_scales(stacks: list[StackRecord]) -> Floats:
         out = np.empty((len(stacks), len(rows)))
         for i, stack in enumerate(stacks):
-            columns, values = own_top(stack)
+            columns, values = top_of(stack)
             out[i] = log_scale(centred_difference(values, np.take_along_axis(reference_rows, columns, axis=1)))
         return out
 
@@ -95,7 +108,7 @@ def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
     for variant, recorded in zip(variants, differences, strict=True):
         worst = 0.0
         for stack in honest:
-            columns, values = own_top(stack)
+            columns, values = top_of(stack)
             reference_values = np.take_along_axis(reference_rows, columns, axis=1)
             found = direction_cosine(
                 centred_difference(values, reference_values),
@@ -125,7 +138,7 @@ def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
 def _most_unlisted(bundle: Bundle, rows: NDArray[np.int64], reference_rows: Floats) -> Floats:
     out = np.asarray(np.nanmin(reference_rows, axis=1))
     for i, row in enumerate(rows.tolist()):
-        named = list(bundle.columns_of_probe(row).values())
+        named = list(bundle.columns_of_row(row).values())
         nameless = np.exp(np.nan_to_num(np.delete(reference_rows[i], named), nan=-np.inf)).sum()
         if nameless > 0:
             out[i] = max(out[i], float(np.log(nameless)))
@@ -183,7 +196,7 @@ def residuals(library: Library, observations: list[Observation]) -> Residuals:
         assert observation.top is not None
         row = column_of[observation.probe_id]
         top = observation.top[:k]
-        columns_of_token = bundle.columns_of_probe(bundle.probe_index[observation.probe_id])
+        columns_of_token = bundle.columns_of_row(bundle.row_index[observation.probe_id])
         columns = np.array([columns_of_token.get(t.bytes_hex, -1) for t in top], np.int64)
         values = np.array([t.logprob_nats for t in top], np.float64)
         # A name that was guessed from the text may be misspelt: that it is unknown then says nothing.

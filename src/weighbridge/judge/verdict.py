@@ -176,10 +176,11 @@ def _interruption(word: VerdictWord, stopped_because: str, observations: list[Ob
 def _error_rate(case: Case, word: VerdictWord) -> str:
     policy = case.plan.policy
     if word == "differs":
+        families = case.library.families if case.library is not None else []
         return (
             f"If the endpoint were one of the honest stacks that the policy describes, evidence of this size would be reached at any time in at most 1 of {policy.differs_e_value:g} draws. "
-            "That bounds the error of the draw, not that of a kind of honest stack which the library lacks: it holds one engine, which is why no stack is held to less than "
-            f"{policy.null_scale_floor_nats:g} nats. A single night is not a replication."
+            f"That bounds the error of the draw, not that of a kind of honest stack which the library lacks: it holds {len(families)} families ({', '.join(families)}), "
+            f"and no stack is held to less than {policy.null_scale_floor_nats:g} nats. A single night is not a replication."
         )
     if word == "consistent":
         return f"If one of the excluded departures were served, it would be excluded in at most 1 of {policy.consistent_e_value:g} draws."

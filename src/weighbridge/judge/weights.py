@@ -9,6 +9,7 @@ from weighbridge.judge.case import Case
 from weighbridge.judge.library import MIN_TOP_LOGPROBS
 from weighbridge.judge.sizes import WeightEvidence
 from weighbridge.records import Cause, Effect, Finding, Policy
+from weighbridge.reference.bundle import StackRecord
 from weighbridge.stats.evidence import first_crossing
 from weighbridge.stats.residuals import mean_interval, scale_interval
 
@@ -17,6 +18,11 @@ SLOPE_TOLERANCE = 0.1
 ANSWERED_SHARE = 0.9  # of the probes asked: what an endpoint leaves out may be what would tell
 HONEST_LOOKING_SHARE = 0.25
 LOG10 = float(np.log(10))
+
+
+def name_of(stack: StackRecord) -> str:
+    """The departure that a stack records."""
+    return stack.variant or stack.id
 
 
 def looks_like_temperature(evidence: WeightEvidence, policy: Policy) -> bool:
@@ -149,13 +155,16 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
     noise, low, high = scale_interval(evidence.log_scales, CONFIDENCE)
     effects = [Effect(name="effective noise", value=noise, low=low, high=high, unit="nats", confidence=CONFIDENCE)]
     excluded = excluded_variants(evidence, policy)
+    # One departure may be recorded on several engines; it is excluded where each of its recordings is.
+    names = list(dict.fromkeys(name_of(v) for v in library.variants))
+    left = {name_of(v) for v, out in zip(library.variants, excluded, strict=True) if not out}
     common: dict[str, Any] = {
         "check": "weights",
         "axis": "weights",
         "answers_used": n,
         "log10_e_value": float(evidence.log_total.max() / LOG10),
-        "excluded": [v.id for v, out in zip(library.variants, excluded, strict=True) if out],
-        "not_excluded": [v.id for v, out in zip(library.variants, excluded, strict=True) if not out],
+        "excluded": [name for name in names if name not in left],
+        "not_excluded": [name for name in names if name in left],
         "details": _details(case, evidence, noise, low, high),
     }
     if differs_after(evidence, policy) is not None:
@@ -188,7 +197,7 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
         # What is served is known to be something else, so there is nothing left to exclude.
         common |= {"excluded": [], "not_excluded": []}
         return Finding(
-            **common, effects=effects, outcome="inconsistent", cause=cause, exact_variant=variant.id if exact and cause != "partial_routing" else None,
+            **common, effects=effects, outcome="inconsistent", cause=cause, exact_variant=name_of(variant) if exact and cause != "partial_routing" else None,
             summary=f"The logprobs differ from every honest stack by {noise:.3g} nats (95 % interval {low:.3g} to {high:.3g}); {text}",
         )  # fmt: skip
     if is_consistent(evidence, policy):
@@ -276,5 +285,5 @@ def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, hig
         ],
         "same_first_token_share": float(residuals.agrees.mean()),
         "top_logprobs_used": library.top_k,
-        "honest_families": 1,
+        "honest_families": library.families,
     }

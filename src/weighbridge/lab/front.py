@@ -1,4 +1,4 @@
-"""The HTTP host in front of llama.cpp's server: what a customer of the lab talks to.
+"""The HTTP host in front of a model server: what a customer of the lab talks to.
 
 It caps ``top_logprobs`` at 20, as real hosts do, and tells the lies that its switches name. It is a provider,
 not a part of the auditor, so it speaks HTTP with the standard library alone.
@@ -11,15 +11,18 @@ import math
 import random
 import threading
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, ClassVar, Self
+
+from weighbridge.lab.json_http import JsonHandler
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 HONEST_TOP_LOGPROBS = 20
 VOCABULARY = 49152
 SENTINEL = -9999.0
-MAX_REQUEST_BYTES = 1 << 20
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Lies:
     max_top_logprobs : int
         How many logprobs are returned at most; 0 for none.
     sentinels : bool
-        The second half of each list says -9999.
+        The second half of each ``top_logprobs`` says -9999.
     divert_share : float
         The share of requests that the second variant answers.
     usage_offset : int
@@ -51,12 +54,38 @@ class Lies:
 
 
 class Front:
-    """The running front; a context manager."""
+    """The running front; a context manager.
 
-    def __init__(self, backend_port: int, lies: Lies, *, diverted_port: int | None = None, port: int = 0) -> None:
-        handler = type(
-            "Handler", (_Handler,), {"backend_port": backend_port, "lies": lies, "diverted_port": diverted_port}
-        )
+    Parameters
+    ----------
+    backend_port : int
+        Where the model server is.
+    lies : Lies
+        What is misreported.
+    diverted_port : int, optional
+        Where the share ``lies.divert_share`` of requests goes instead.
+    port : int
+        The front's own; 0 for any free one.
+    completions : bool
+        Whether /v1/completions is offered besides the chat, which needs a server with OpenAI's shape for it.
+    """
+
+    def __init__(
+        self,
+        backend_port: int,
+        lies: Lies,
+        *,
+        diverted_port: int | None = None,
+        port: int = 0,
+        completions: bool = False,
+    ) -> None:
+        settings = {
+            "backend_port": backend_port,
+            "lies": lies,
+            "diverted_port": diverted_port,
+            "paths": (CHAT, COMPLETIONS) if completions else (CHAT,),
+        }
+        handler = type("Handler", (_Handler,), settings)
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -74,113 +103,86 @@ class Front:
         self._thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     backend_port: ClassVar[int]
     diverted_port: ClassVar[int | None]
     lies: ClassVar[Lies]
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+    model_name = MODEL_NAME
 
-    def log_message(self, *arguments: Any) -> None:
-        """Keep quiet."""
-
-    def do_GET(self) -> None:
-        """GET /v1/models."""
-        if self.path.rstrip("/") == "/v1/models":
-            self._send(200, {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "owned_by": "lab"}]})
+    def answer(self, path: str, body: dict[str, Any]) -> None:
+        """POST /v1/chat/completions, and /v1/completions where it is offered."""
+        if body.get("model") != MODEL_NAME:
+            self.send_problem(404, f"the model {str(body.get('model'))[:80]!r} does not exist")
         else:
-            self._error(404, f"there is nothing at {self.path[:100]}")
+            self._complete(path, body)
 
-    def do_POST(self) -> None:
-        """POST /v1/chat/completions."""
-        length = self.headers.get("content-length", "")
-        if not length.isdigit() or int(length) > MAX_REQUEST_BYTES:
-            self.close_connection = True
-            self._error(413, "send a content-length of at most 1 MiB")
-            return
-        raw = self.rfile.read(int(length))
-        if self.path.rstrip("/") != "/v1/chat/completions":
-            self._error(404, f"there is nothing at {self.path[:100]}")
-            return
-        try:
-            body = json.loads(raw)
-            asked = body.get("model")
-        except (ValueError, AttributeError):
-            self._error(400, "the body is not a JSON object")
-            return
-        if asked != MODEL_NAME:
-            self._error(404, f"the model {str(asked)[:80]!r} does not exist")
-        elif body.get("stream"):
-            self._error(400, "the lab does not stream")
-        else:
-            self._complete(body, raw)
-
-    def _complete(self, body: dict[str, Any], raw: bytes) -> None:
+    def _complete(self, path: str, body: dict[str, Any]) -> None:
         lies = self.lies
-        wanted = body.get("top_logprobs") if body.get("logprobs") else 0
-        if isinstance(wanted, bool) or not isinstance(wanted or 0, int):
-            self._error(400, "top_logprobs is not a number")
-            return
-        if (wanted or 0) > HONEST_TOP_LOGPROBS:
-            self._error(400, f"top_logprobs must be at most {HONEST_TOP_LOGPROBS}")
-            return
-        kept = min(wanted or 0, lies.max_top_logprobs)
+        # Chat says with one field whether logprobs are wanted and with another how many; completions need one for both.
+        name = "top_logprobs" if path == CHAT else "logprobs"
+        asked = {name: body.get(name), "prompt_logprobs": body.get("prompt_logprobs")}
+        if path == CHAT and not body.get("logprobs"):
+            asked[name] = None
+        for field, count in asked.items():
+            if isinstance(count, bool) or not isinstance(count or 0, int):
+                self.send_problem(400, f"{field} is not a number")
+                return
+            if (count or 0) > HONEST_TOP_LOGPROBS:
+                self.send_problem(400, f"{field} must be at most {HONEST_TOP_LOGPROBS}")
+                return
+        kept = min(asked[name] or 0, lies.max_top_logprobs)
         if lies.max_top_logprobs == 0:
-            body.pop("logprobs", None)
-            body.pop("top_logprobs", None)
-        elif kept:
-            body["top_logprobs"] = kept
+            for field in ("logprobs", "top_logprobs", "prompt_logprobs"):
+                body.pop(field, None)
+        else:
+            body |= {field: min(count, lies.max_top_logprobs) for field, count in asked.items() if count}
         temperature = body.get("temperature", 1)
         if lies.ignore_temperature:
             body["temperature"] = 1
         rescale = lies.logprobs_after_temperature and kept and isinstance(temperature, int | float) and temperature > 0
+        if rescale and path == COMPLETIONS:
+            self.send_problem(400, "with logprobs after temperature, the lab lists them in chat only")
+            return
         if rescale:
             body["top_logprobs"] = VOCABULARY
         try:
-            status, answer = self._ask(body, raw)
+            status, answer = self._ask(path, body)
         except (OSError, http.client.HTTPException, ValueError):
-            self._error(502, "the engine did not answer")
+            self.send_problem(502, "the engine did not answer")
             return
         if status == 200:
             answer["model"] = MODEL_NAME
             for choice in answer.get("choices", []):
-                for position in (choice.get("logprobs") or {}).get("content") or []:
+                logprobs = choice.get("logprobs") or {}
+                for position in logprobs.get("content") or []:
                     if rescale:
                         _after_temperature(position, float(temperature))
                         position["top_logprobs"] = position["top_logprobs"][:kept]
                     if lies.sentinels:
                         for entry in position["top_logprobs"][kept // 2 :]:
                             entry["logprob"] = SENTINEL
+                for listed in logprobs.get("top_logprobs") or []:  # of a completion
+                    if lies.sentinels and listed:
+                        listed |= dict.fromkeys([*listed][kept // 2 :], SENTINEL)
             if "usage" in answer:
                 answer["usage"]["prompt_tokens"] += lies.usage_offset
             answer.pop("timings", None)
-        self._send(status, answer)
+        self.send_document(status, answer)
 
-    def _ask(self, body: dict[str, Any], raw: bytes) -> tuple[int, dict[str, Any]]:
+    def _ask(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         port = self.backend_port
         if self.diverted_port is not None:
             # The request decides, so that asking again is no way round.
-            chance = random.Random(hashlib.sha256(raw).digest()).random()  # noqa: S311 - not a secret
+            chance = random.Random(hashlib.sha256(self.raw).digest()).random()  # noqa: S311 - not a secret
             if chance < self.lies.divert_share:
                 port = self.diverted_port
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         try:
-            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
             response = connection.getresponse()
             return response.status, json.loads(response.read())
         finally:
             connection.close()
-
-    def _error(self, status: int, message: str) -> None:
-        self._send(status, {"error": {"message": message, "type": "invalid_request_error"}})
-
-    def _send(self, status: int, document: dict[str, Any]) -> None:
-        data = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
 
 def _after_temperature(position: dict[str, Any], temperature: float) -> None:
@@ -192,5 +194,5 @@ def _after_temperature(position: dict[str, Any], temperature: float) -> None:
     for entry, value in zip(entries, scaled, strict=True):
         entry["logprob"] = value - total
     for entry in entries:
-        if entry["token"] == position["token"]:
+        if (entry["token"], entry.get("id")) == (position["token"], position.get("id")):
             position["logprob"] = entry["logprob"]

@@ -5,22 +5,18 @@ Run as a module it serves until its standard input closes, so that it never outl
 
 import json
 import os
-import subprocess
 import sys
-import threading
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from weighbridge.errors import LabError
+from weighbridge.lab.process import ModelServer
 from weighbridge.lab.variants import Settings
 
 START_TIMEOUT_S = 120.0
-CONTEXT_TOKENS_PER_SLOT = 2048
+CONTEXT_TOKENS_PER_SLOT = 4096
 
 
-class LlamaServer:
+class LlamaServer(ModelServer):
     """A running llama.cpp server; a context manager.
 
     Parameters
@@ -36,43 +32,8 @@ class LlamaServer:
     """
 
     def __init__(self, model: Path, template: str | None, settings: Settings, log: Path) -> None:
-        self._arguments = json.dumps({"model": str(model), "template": template, **asdict(settings)})
-        self._log = log
-        self._process: subprocess.Popen[str] | None = None
-        self.base_url = ""
-        self.port = 0
-
-    def __enter__(self) -> Self:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "weighbridge.lab.llamacpp", self._arguments],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
-        assert self._process.stdout is not None
-        watchdog = threading.Timer(START_TIMEOUT_S, self._process.kill)
-        watchdog.start()
-        try:
-            for line in self._process.stdout:
-                if line.startswith("serving "):
-                    self.base_url = line.removeprefix("serving ").strip()
-                    self.port = int(self.base_url.rsplit(":", 1)[1])
-                    return self
-        finally:
-            watchdog.cancel()
-        self.__exit__(None, None, None)
-        raise LabError("llama.cpp's server did not start", f"Its messages are in {self._log}")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
-            self._process = None
+        arguments = {"model": str(model), "template": template, **asdict(settings)}
+        super().__init__("weighbridge.lab.llamacpp", arguments, "llama.cpp's server", log, START_TIMEOUT_S)
 
 
 def _serve(arguments: str) -> None:

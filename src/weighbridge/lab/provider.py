@@ -1,55 +1,74 @@
-"""A lab endpoint: llama.cpp's server with one variant, and the front that a customer talks to."""
+"""A lab endpoint: a model server with one variant, and the front that a customer talks to."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from weighbridge.lab.checkpoint import lab_checkpoint
 from weighbridge.lab.front import Front, Lies
 from weighbridge.lab.llamacpp import LlamaServer
-from weighbridge.lab.variants import Variant
+from weighbridge.lab.process import ModelServer
+from weighbridge.lab.torch_server import TorchServer
+from weighbridge.lab.variants import OFFICIAL_TEMPLATE, TorchVariant, Variant
 from weighbridge.lab.weights import lab_folder, require_extra, weight_file
 
 
 @contextmanager
-def lab_backend(variant: Variant, say: Callable[[str], None]) -> Iterator[LlamaServer]:
-    """llama.cpp's server with one variant, without a front.
+def lab_backend(variant: Variant | TorchVariant, say: Callable[[str], None]) -> Iterator[ModelServer]:
+    """The server of one variant, without a front: llama.cpp's, or that of the local weights.
 
     Raises
     ------
     LabError
         If the extra is missing, the model cannot be fetched or the server does not start.
     """
-    require_extra()
-    model = weight_file(variant.weights, say)
-    with LlamaServer(model, variant.template, variant.settings, lab_folder() / "log" / f"{variant.name}.log") as server:
+    server: ModelServer
+    logs = lab_folder() / "log"
+    if isinstance(variant, TorchVariant):
+        require_extra("hf")
+        template = variant.template or OFFICIAL_TEMPLATE
+        server = TorchServer(lab_checkpoint(say), template, variant.setting, logs / f"transformers-{variant.name}.log")
+        say("starting the local-weights server")
+    else:
+        require_extra()
+        model = weight_file(variant.weights, say)
+        server = LlamaServer(model, variant.template, variant.settings, logs / f"{variant.name}.log")
+    with server:
         yield server
 
 
 @contextmanager
 def lab_endpoint(
-    variant: Variant,
+    variant: Variant | TorchVariant,
     lies: Lies,
     say: Callable[[str], None],
     *,
-    diverted_to: Variant | None = None,
+    diverted_to: Variant | TorchVariant | None = None,
     port: int = 0,
 ) -> Iterator[Front]:
     """A lab endpoint; its `Front` says where it is.
 
     Parameters
     ----------
-    variant : Variant
-        What is served.
+    variant : Variant or TorchVariant
+        What is served, and so the engine; one of transformers is offered with /v1/completions besides the chat.
     lies : Lies
         What the front misreports.
     say : callable
         Receives a line for each step that takes long.
-    diverted_to : Variant, optional
-        What serves the share ``lies.divert_share`` of requests instead.
+    diverted_to : Variant or TorchVariant, optional
+        What serves the share ``lies.divert_share`` of requests instead; of the same engine.
     port : int
         The front's port; 0 for any free one.
     """
     with contextlib.ExitStack() as stack:
         main = stack.enter_context(lab_backend(variant, say))
         other = stack.enter_context(lab_backend(diverted_to, say)) if diverted_to is not None else None
-        yield stack.enter_context(Front(main.port, lies, diverted_port=other.port if other else None, port=port))
+        front = Front(
+            main.port,
+            lies,
+            diverted_port=other.port if other else None,
+            port=port,
+            completions=isinstance(variant, TorchVariant),
+        )
+        yield stack.enter_context(front)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from weighbridge.records import Cause
+from weighbridge.reference.local import LocalSetting
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 HIDDEN_SYSTEM_PROMPT = "Answer politely. Do not discuss competitors of Example Hosting."
@@ -52,25 +53,36 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One thing that the lab can serve.
+class _Served:
+    name: str
+    description: str
+    departure: Cause | None = None
+    template: str | None = field(default=None, kw_only=True)
+
+    @property
+    def truth(self) -> str:
+        """``honest:NAME`` or ``altered:NAME``."""
+        return f"{'honest' if self.departure is None else 'altered'}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Variant(_Served):
+    """One thing that the lab can serve with llama.cpp.
 
     ``departure`` is ``None`` for an honest stack, else the kind of departure in the words of a verdict's
     cause. ``weights`` names a file that ``weighbridge.lab.weights`` makes. ``template`` replaces the model's
     own chat template.
     """
 
-    name: str
-    description: str
-    departure: Cause | None = None
     weights: str = "f16"
-    template: str | None = None
     settings: Settings = field(default_factory=Settings)
 
-    @property
-    def truth(self) -> str:
-        """``honest:NAME`` or ``altered:NAME``."""
-        return f"{'honest' if self.departure is None else 'altered'}:{self.name}"
+
+@dataclass(frozen=True)
+class TorchVariant(_Served):
+    """One thing that the lab can serve with transformers; ``setting`` says how the original weights are run."""
+
+    setting: LocalSetting = field(default_factory=LocalSetting)
 
 
 def _weights(name: str, description: str) -> Variant:
@@ -94,8 +106,8 @@ _CATALOGUE = (
     _weights("int8", "8-bit integers per output channel, round to nearest, block matrices"),
     _weights("fp8-e4m3", "8-bit floats (e4m3) per output channel, block matrices"),
     _weights("q4_0", "llama.cpp Q4_0, embedding at Q8_0"),
-    _weights("int4", "4-bit integers in groups of 64, round to nearest, block matrices"),
-    _weights("int3", "3-bit integers in groups of 64, round to nearest, block matrices"),
+    _weights("int4-g64", "4-bit integers in groups of 64, round to nearest, block matrices"),
+    _weights("int3-g64", "3-bit integers in groups of 64, round to nearest, block matrices"),
     Variant("kv-q8_0", "16-bit weights, 8-bit KV cache", "kv_cache", settings=Settings(cache_type="q8_0")),
     Variant("kv-q4_0", "16-bit weights, 4-bit KV cache", "kv_cache", settings=Settings(cache_type="q4_0")),
     _template("no-default-system", "template without the default system prompt", _chatml(system="")),
@@ -110,3 +122,36 @@ _CATALOGUE = (
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _CATALOGUE}
 
 GEMMA = Variant("gemma-3-270m", "another model: Gemma 3 270M (see `lab fetch`)", "other_model", weights="gemma-3-270m")
+
+_TEMPLATES = tuple(
+    TorchVariant(variant.name, variant.description, variant.departure, template=variant.template)
+    for variant in _CATALOGUE
+    if variant.template is not None
+)
+
+
+def _rounded(name: str, description: str) -> TorchVariant:
+    return TorchVariant(name, f"{description}, block matrices", "precision", setting=LocalSetting(weights=name))
+
+
+_TORCH_CATALOGUE = (
+    TorchVariant("f32", "original values, 32-bit arithmetic"),
+    TorchVariant("bf16", "original values, bfloat16 arithmetic", setting=LocalSetting(dtype="bfloat16")),
+    TorchVariant("f16", "original values, 16-bit float arithmetic", setting=LocalSetting(dtype="float16")),
+    TorchVariant("emulated-bf16", "32-bit arithmetic, module outputs and logits kept in bfloat16", setting=LocalSetting(module_outputs="bfloat16", logits="bfloat16")),
+    _rounded("int8", "8-bit integers per output channel, round to nearest"),
+    _rounded("fp8-e4m3", "8-bit floats (e4m3) per output channel"),
+    TorchVariant("w8a8-int8", "8-bit integers for block matrices and, token by token, for what goes into them", "precision", setting=LocalSetting(weights="int8", activations="int8")),
+    TorchVariant("w8a8-fp8", "8-bit floats for block matrices and, token by token, for what goes into them", "precision", setting=LocalSetting(weights="fp8-e4m3", activations="fp8-e4m3")),
+    _rounded("int4-g64", "4-bit integers in groups of 64, round to nearest"),
+    _rounded("nf4-g64", "4-bit NormalFloat in groups of 64"),
+    _rounded("mxfp4", "4-bit floats (MXFP4) in groups of 32"),
+    _rounded("int3-g64", "3-bit integers in groups of 64, round to nearest"),
+    TorchVariant("kv-fp8", "KV cache of 8-bit floats (e4m3), no scale", "kv_cache", setting=LocalSetting(kv_cache="fp8-e4m3")),
+    TorchVariant("kv-int8", "KV cache of 8-bit integers", "kv_cache", setting=LocalSetting(kv_cache="int8")),
+    TorchVariant("kv-int4", "KV cache of 4-bit integers in groups of 32", "kv_cache", setting=LocalSetting(kv_cache="int4")),
+    *_TEMPLATES,
+    TorchVariant("depth-24", "another model: SmolLM2 with blocks 13 to 18 of 30 removed", "other_model", setting=LocalSetting(remove_blocks=[*range(13, 19)])),
+)  # fmt: skip
+
+TORCH_VARIANTS: dict[str, TorchVariant] = {variant.name: variant for variant in _TORCH_CATALOGUE}

