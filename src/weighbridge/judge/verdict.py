@@ -13,6 +13,7 @@ from weighbridge.judge.weights import (
     differs_after,
     is_consistent,
     looks_like_temperature,
+    may_be_mixed,
 )
 from weighbridge.records import (
     AXES,
@@ -52,7 +53,7 @@ def is_decided(case: Case) -> bool:
         return True
     if looks_like_temperature(case.evidence, policy):
         return case.evidence.log_size.size >= policy.min_answers_consistent
-    if differs_after(case.evidence, policy) is None:
+    if differs_after(case.evidence, policy) is None or may_be_mixed(case.evidence, policy):
         return False
     # A wrong prompt is told from wrong weights by token counts, where the endpoint reports any.
     return counted >= policy.min_counted or counted == 0 or len(case.answers) > counted + policy.min_counted

@@ -95,6 +95,13 @@ def is_mixed(evidence: WeightEvidence, policy: Policy) -> bool:
     return inside >= max(2, HONEST_LOOKING_SHARE * evidence.log_scales.size) and outside >= 2
 
 
+def may_be_mixed(evidence: WeightEvidence, policy: Policy) -> bool:
+    """Whether some answer is well inside the floor although others are well outside it: more of them would tell."""
+    floor = np.log(policy.null_scale_floor_nats)
+    inside, outside = evidence.log_scales < floor - np.log(1.5), evidence.log_scales > floor + np.log(2)
+    return bool(inside.any() and outside.any() and evidence.log_scales.size < policy.min_answers_consistent)
+
+
 def check_weights(case: Case) -> Finding:
     """Judge the weights by the size and the direction of the residuals.
 
