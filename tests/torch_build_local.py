@@ -397,7 +397,11 @@ def test_every_stack_is_recorded_with_what_it_is(whole: Bundle) -> None:
     assert noise["no-system"] > 2 * noise["hf-bfloat16"]
     assert not np.isnan(whole.logprobs_nats).any()
     other = whole.prompt_tokens[[h.id for h in whole.manifest.hypotheses].index("no-default-system")]
-    assert (other < whole.prompt_tokens[0]).all()
+    probes = [probe for name in ("few", "forced") for probe in load_pool(str(whole.path / "pools" / name)).probes]
+    own_system = [probe.messages[0].role == "system" for probe in probes]
+    assert not all(own_system)
+    assert (other < whole.prompt_tokens[0]).tolist() == [not own for own in own_system]
+    assert (other[own_system] == whole.prompt_tokens[0][own_system]).all()
     assert (whole.path / "pools" / "few" / "probes.jsonl").is_file()
 
 
