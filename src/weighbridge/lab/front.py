@@ -172,8 +172,9 @@ class _Handler(JsonHandler):
     def _ask(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         port = self.backend_port
         if self.diverted_port is not None:
-            # The request decides, so that asking again is no way round.
-            chance = random.Random(hashlib.sha256(self.raw).digest()).random()  # noqa: S311 - not a secret
+            # What is asked decides, so that asking again is no way round.
+            asked = json.dumps(body.get("messages", body.get("prompt")), sort_keys=True)
+            chance = random.Random(hashlib.sha256(asked.encode()).digest()).random()  # noqa: S311 - not a secret
             if chance < self.lies.divert_share:
                 port = self.diverted_port
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)

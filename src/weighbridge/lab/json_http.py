@@ -48,12 +48,12 @@ class JsonHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.send_problem(413, "send a content-length of at most 1 MiB")
             return
-        self.raw = self.rfile.read(int(length))
+        raw = self.rfile.read(int(length))
         if self.path.rstrip("/") not in self.paths:
             self.send_problem(404, f"there is nothing at {self.path[:100]}")
             return
         try:
-            body = json.loads(self.raw)
+            body = json.loads(raw)
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):

@@ -59,9 +59,8 @@ def require_extra() -> None:
     # Threads that wait actively for each other take many times as long where anything else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        import transformers  # noqa: F401
-
         import torch  # noqa: F401
+        import transformers  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(
             f"the local-weights engine needs {error.name}",
@@ -88,9 +87,8 @@ class LocalWeights:
 
     def __init__(self, checkpoint: Checkpoint, setting: LocalSetting) -> None:
         require_extra()
-        from tokenizers import Tokenizer
-
         import torch
+        from tokenizers import Tokenizer
 
         self._checkpoint, self._setting = checkpoint, setting
         torch.set_num_threads(setting.threads or os.cpu_count() or 1)
@@ -210,9 +208,8 @@ def _make_deterministic() -> None:
 
 
 def _load(checkpoint: Checkpoint, setting: LocalSetting) -> Any:
-    import transformers
-
     import torch
+    import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
