@@ -16,13 +16,10 @@ class JsonHandler(BaseHTTPRequestHandler):
         What GET /v1/models lists.
     paths : tuple of str
         Where something can be posted.
-    raw : bytes
-        What was posted.
     """
 
     model_name: ClassVar[str]
     paths: ClassVar[tuple[str, ...]]
-    raw: bytes
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
