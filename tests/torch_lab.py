@@ -375,10 +375,14 @@ def test_requests_are_diverted_to_another_variant(server: ModelServer, others: C
     other = others("kv-fp8")
     own, departed = logprobs(server, QUESTIONS[0]), logprobs(other, QUESTIONS[0])
     assert np.mean([abs(value - departed.get(token, value)) for token, value in own.items()]) > 0.02
+    elsewhere = 0
     with Front(server.port, Lies(divert_share=0.5), diverted_port=other.port) as front:
-        tops = []
-        for seed in range(12):
-            content = ask(front, logprobs=True, top_logprobs=20, seed=seed)["choices"][0]["logprobs"]["content"]
-            tops.append({entry["id"]: entry["logprob"] for entry in content[0]["top_logprobs"]})
-    assert all(top in (own, departed) for top in tops)
-    assert 2 <= sum(top == departed for top in tops) <= 10
+        for n in range(12):
+            question = f"{QUESTIONS[0]} ({n})"
+            messages = [{"role": "user", "content": question}]
+            content = ask(front, messages=messages, logprobs=True, top_logprobs=20)["choices"][0]["logprobs"]["content"]
+            top = {entry["id"]: entry["logprob"] for entry in content[0]["top_logprobs"]}
+            possible = (logprobs(server, question), logprobs(other, question))
+            assert top in possible
+            elsewhere += top == possible[1]
+    assert 2 <= elsewhere <= 10
