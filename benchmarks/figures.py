@@ -30,18 +30,21 @@ class Document:
     figures: dict[str, Figure] = field(default_factory=dict)
     reported: dict[str, Any] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """The document as a JSON value."""
+        return {
+            "schema": f"weighbridge/benchmark/{self.name}/1",
+            "commit": _commit(),
+            "machine": f"{platform.system()} {platform.machine()}, {_processors()} processors, Python {platform.python_version()}",
+            "figures": {name: asdict(figure) for name, figure in self.figures.items()},
+            "reported": self.reported,
+        }
+
     def print(self, as_json: bool) -> int:
         """Print to stdout; returns 0 if every target holds, else 1."""
         holds = all(figure.holds for figure in self.figures.values())
         if as_json:
-            document = {
-                "schema": f"weighbridge/benchmark/{self.name}/1",
-                "commit": _commit(),
-                "machine": f"{platform.system()} {platform.machine()}, {_processors()} processors, Python {platform.python_version()}",
-                "figures": {name: asdict(figure) for name, figure in self.figures.items()},
-                "reported": self.reported,
-            }
-            print(json.dumps(document, indent=1, sort_keys=True))
+            print(json.dumps(self.as_json(), indent=1, sort_keys=True))
         else:
             for name, figure in self.figures.items():
                 print(

@@ -104,5 +104,5 @@ def test_no_spelling_and_no_grid_is_called_a_difference(
     assert not any(finding.outcome == "inconsistent" for finding in findings.findings)
     if spelling is as_it_is:
         assert case.evidence is not None
-        assert 0.03 < np.exp(case.evidence.log_scales.mean()) < 0.07
+        assert 0.03 < np.exp(case.evidence.features.log_scales.mean()) < 0.07
         assert verdict.verdict == "consistent"

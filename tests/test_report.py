@@ -115,7 +115,7 @@ def finding(axis: Axis, outcome: Outcome, words: str, *, pictures: bool) -> Find
 def verdict_of(word: VerdictWord = "differs", **more: Any) -> Verdict:
     facts: dict[str, Any] = {
         "weighbridge_version": "0.1.0", "verdict": word, "cause": "precision" if word.startswith("differs") else None,
-        "exact_variant": None, "policy": "strict", "axes": dict.fromkeys(AXES, "inconclusive"),
+        "exact_variant": None, "family": None, "policy": "strict", "axes": dict.fromkeys(AXES, "inconclusive"),
         "not_excluded": ["kv8", "q8_0"], "excluded": [], "sentence": "A sentence.", "error_rate": "A rate.",
         "effective_noise_nats": None, "answers_used": 12, "requests_sent": 14, "prompt_tokens": 900,
         "completion_tokens": 14, "cost_usd": 0.000123, "stopped_because": "decided", "endpoint_refused": False,

@@ -34,13 +34,7 @@ from weighbridge.reference.bundle import (
     StackRecord,
     WeightsSource,
 )
-from weighbridge.stats.evidence import (
-    bounded_mean_process,
-    bounded_score_process,
-    first_crossing,
-    mixture,
-    tilted_score,
-)
+from weighbridge.stats.evidence import bounded_score_process, first_crossing, mixture, tilted_score
 from weighbridge.stats.residuals import (
     SMALLEST_SCALE_NATS,
     centred_difference,
@@ -313,39 +307,50 @@ def test_a_stack_of_no_larger_mean_is_rejected_as_rarely_as_promised(stake: floa
     assert_at_most(int((peaks >= np.log(20)).sum()), DRAWS, 0.05)
 
 
-def pool_of_mean(null_mean: float, kind: str) -> Floats:
-    """A pool of values in [-1, 1] whose mean is exactly the null's."""
-    if kind == "two-valued":
-        ones = round(POOL * (1 + null_mean) / 2)
-        return np.where(np.arange(POOL) < ones, 1.0, -1.0)
-    half = np.random.default_rng(30).uniform(0, 1 - null_mean, POOL // 2)
-    return np.concatenate([null_mean + half, null_mean - half])
+# -- e-processes: direction ------------------------------------------------------------------------------------
+
+LARGEST_FISHER = float(np.arctanh(0.995))
 
 
-@pytest.mark.parametrize("stake", [0.5, 0.96])
-@pytest.mark.parametrize(
-    ("null_mean", "kind"), [(0.2, "two-valued"), (0.2, "spread"), (0.6, "spread"), (0.0, "spread")]
-)
-def test_a_mean_at_the_null_is_rejected_as_rarely_as_promised(null_mean: float, kind: str, stake: float) -> None:
-    pool = pool_of_mean(null_mean, kind)
-    assert pool.mean() == pytest.approx(null_mean, abs=1e-12)
-    rng = np.random.default_rng(31)
-    peaks = np.array(
-        [bounded_mean_process(rng.permutation(pool), null_mean, stake, pool=POOL).max() for _ in range(DRAWS)]
-    )
+def null_fishers(kind: str) -> Floats:
+    """Fisher transforms of the cosines of three honest stacks with one departure, on the pool."""
+    rng = np.random.default_rng(30)
+    if kind == "normal":
+        return rng.normal(0.2, 0.3, (3, POOL))
+    if kind == "skewed":
+        return np.minimum(rng.exponential(0.4, (3, POOL)) - 0.2, LARGEST_FISHER)
+    return np.where(rng.random((3, POOL)) < 0.4, LARGEST_FISHER, -LARGEST_FISHER)  # two-valued
+
+
+def scores_of_direction(fisher: Floats, cosine: float, null: Floats) -> Floats:
+    """Scores of a bet that the cosines are about so large."""
+    mean, sd = float(null.mean(axis=1).max()), float(null.std(axis=1).max())
+    return tilted_score(fisher, mean, max(float(np.arctanh(cosine)), mean + sd), sd, CAP)
+
+
+@pytest.mark.parametrize("cosine", [0.5, 0.85])
+@pytest.mark.parametrize("kind", ["normal", "skewed", "two-valued"])
+def test_the_cosines_of_an_honest_stack_are_rejected_as_rarely_as_promised(kind: str, cosine: float) -> None:
+    fishers = null_fishers(kind)
+    null = scores_of_direction(fishers, cosine, fishers)
+    served = null[int(null.mean(axis=1).argmax())]
+    peaks = peaks_of_score_processes(null, served, 1.0, POOL)
     for alpha in (0.2, 0.05, 0.01):
         assert_at_most(int((peaks >= np.log(1 / alpha)).sum()), DRAWS, alpha)
 
 
 @pytest.mark.parametrize("weights", [None, floats(1, 5)])
 def test_a_mixture_keeps_the_promise_of_its_parts(weights: Floats | None) -> None:
-    null, pool = null_stacks("heavy"), pool_of_mean(0.2, "spread")
+    null, fishers = null_stacks("heavy"), null_fishers("normal")
+    pointing = scores_of_direction(fishers, 0.5, fishers)
     rng = np.random.default_rng(41)
     hits = 0
     for _ in range(DRAWS):
         drawn = rng.permutation(POOL)
         by_size = bounded_score_process(null[1, drawn], null, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0)
-        by_direction = bounded_mean_process(pool[drawn], 0.2, 0.96, pool=POOL)
+        by_direction = bounded_score_process(
+            pointing[1, drawn], pointing, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0
+        )
         hits += first_crossing(mixture(np.array([by_size, by_direction]), weights), 20) is not None
     assert_at_most(hits, DRAWS, 0.05)
 
@@ -367,8 +372,12 @@ def test_a_clear_departure_in_size_is_found_within_twenty_answers(stake: float) 
 
 
 def test_a_clear_departure_in_direction_is_found_within_thirty_answers() -> None:
-    values = np.clip(np.random.default_rng(51).normal(0.7, 0.2, 100), -1, 1)
-    reached = first_crossing(bounded_mean_process(values, 0.2, 0.96, pool=POOL), 1000)
+    fishers = null_fishers("normal")
+    null = scores_of_direction(fishers, 0.5, fishers)
+    served = np.random.default_rng(51).normal(np.arctanh(0.7), 0.3, 100)
+    scores = scores_of_direction(served, 0.5, fishers)
+    process = bounded_score_process(scores, null, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0)
+    reached = first_crossing(process, 1000)
     assert reached is not None
     assert reached <= 30
 
@@ -382,10 +391,14 @@ def test_an_unanswered_probe_moves_no_bet_on_size() -> None:
     assert np.isfinite(process).all()
 
 
-def test_an_unanswered_probe_moves_no_bet_on_direction() -> None:
-    with_gaps = bounded_mean_process(floats(NAN, 0.5, NAN, 0.9, NAN), 0.2, 0.9, pool=10**12)
-    np.testing.assert_allclose(with_gaps[[1, 3]], bounded_mean_process(floats(0.5, 0.9), 0.2, 0.9, pool=10**12))
-    np.testing.assert_array_equal(with_gaps, [0.0, with_gaps[1], with_gaps[1], with_gaps[3], with_gaps[3]])
+def test_an_unknown_cosine_moves_no_bet_on_direction() -> None:
+    fishers = null_fishers("normal")
+    null = scores_of_direction(fishers, 0.85, fishers)
+    scores = scores_of_direction(floats(NAN, 0.5, NAN, 0.9, NAN), 0.85, fishers)
+    assert np.isnan(scores).sum() == 3
+    process = bounded_score_process(scores, null, cap=CAP, outlier_share=OUTLIER_SHARE, stake=1.0)
+    np.testing.assert_array_equal(process, [0.0, process[1], process[1], process[3], process[3]])
+    assert len({0.0, process[1], process[3]}) == 3
 
 
 def test_a_bet_on_size_is_held_against_what_the_null_still_allows() -> None:
@@ -408,10 +421,12 @@ def test_wealth_never_loses_more_than_the_stake(scores: list[float], stake: floa
         assert (np.diff(process, prepend=0.0) >= np.log(1 - stake) - 1e-9).all()
 
 
-@given(st.lists(reals(-1, 1), min_size=1, max_size=60), reals(0, 0.95), reals(0, 0.99))
+@given(st.lists(reals(-LARGEST_FISHER, LARGEST_FISHER), min_size=1, max_size=60), reals(0.1, 0.95), reals(0.1, 0.9))
 @few
-def test_the_bet_on_direction_stays_finite(values: list[float], null_mean: float, stake: float) -> None:
-    process = bounded_mean_process(np.array(values), null_mean, stake, pool=POOL)
+def test_the_bet_on_direction_stays_finite(values: list[float], cosine: float, stake: float) -> None:
+    fishers = null_fishers("two-valued")
+    null, scores = scores_of_direction(fishers, cosine, fishers), scores_of_direction(np.array(values), cosine, fishers)
+    process = bounded_score_process(scores, null, cap=CAP, outlier_share=OUTLIER_SHARE, stake=stake)
     assert np.isfinite(process).all()
     assert (np.diff(process, prepend=0.0) >= np.log1p(-stake) - 1e-9).all()
 
@@ -452,7 +467,7 @@ PROBES, LISTED, TOP = 40, 40, 20
 def stack_record(name: str, departure: Cause | None = None, departure_class: str | None = None) -> StackRecord:
     return StackRecord(
         id=name, description=name, departure=departure, departure_class=departure_class, family="none/float32", pools=["small"],
-        precision=Precision(weights="bf16", activations="bf16", kv_cache="bf16", logits="bf16"), engine={},
+        precision=Precision(weights="bfloat16", activations="float32", kv_cache="float32", logits="float32"), engine={},
     )  # fmt: skip
 
 

@@ -323,7 +323,7 @@ def judgement(value: float = 0.123456789, **details: Any) -> tuple[Findings, Ver
         effects=[Effect(name="effective noise", value=value, unit="nats")],
     )  # fmt: skip
     verdict = Verdict(
-        weighbridge_version="0", verdict="consistent", cause=None, exact_variant=None, policy="strict",
+        weighbridge_version="0", verdict="consistent", cause=None, exact_variant=None, family=None, policy="strict",
         axes=dict.fromkeys(AXES, "consistent"), not_excluded=[], excluded=[], sentence="Fine.", error_rate="None.",
         effective_noise_nats=None, answers_used=3, requests_sent=4, prompt_tokens=5, completion_tokens=6,
         cost_usd=1 / 3, stopped_because="decided", endpoint_refused=False, observations_sha256="0",

@@ -20,7 +20,7 @@ from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_library
 from weighbridge.judge.verdict import is_decided, judge, open_case
 from weighbridge.keys import Key
 from weighbridge.observe import observe
-from weighbridge.plan import check_draw, worst_case_prompt_tokens
+from weighbridge.plan import check_draw, worst_case_tokens
 from weighbridge.records import Capability, Endpoint, Exchange, Findings, Observation, Plan, PlannedRequest, Verdict
 from weighbridge.reference.bundle import Bundle, load_bundle
 from weighbridge.store import RunFolder, Stopped
@@ -75,7 +75,7 @@ class Auditor:
         for request in [*plan.capability_requests, *plan.probe_requests]:
             attempts = self._attempts.get(request.request_id, [])
             for _ in attempts:
-                self._budget.reserve(worst_case_prompt_tokens(request.probe))
+                self._budget.reserve(*worst_case_tokens(request))
             # What was not answered, or was cut off by a crash, is asked again; what was answered never is.
             if attempts and self._dialect.observe(request.probe.id, attempts).answered:
                 self._note(request)
@@ -110,7 +110,7 @@ class Auditor:
         capability = read_capability(self._seen)
         enough_logprobs = capability.top_logprobs >= MIN_TOP_LOGPROBS
         if self._bundle is not None and enough_logprobs and self._library is None:
-            self._library = build_library(self._bundle, self._plan.policy, capability.top_logprobs)
+            self._library = build_library(self._bundle, self._plan.policy, capability.top_logprobs, self._plan.level)
         requests = (
             self._plan.probe_requests if enough_logprobs else self._plan.probe_requests[:COUNTED_WITHOUT_LOGPROBS]
         )
@@ -159,15 +159,15 @@ class Auditor:
     async def _send(
         self, collector: Collector, request: PlannedRequest, capability: Capability
     ) -> tuple[str | None, Observation | None]:
-        temperature, top_logprobs = sampling_of(request.request_id, capability)
+        temperature, top_logprobs = sampling_of(request, capability)
         # Not made from the draw's seed, which the endpoint must not learn.
         seed = int(sha256_hex(self._plan.run_id.encode())[:7], 16)
         body: dict[str, Any] = self._dialect.body(
-            self._endpoint, request.probe.messages, temperature=temperature, top_logprobs=top_logprobs, seed=seed
+            self._endpoint, request, temperature=temperature, top_logprobs=top_logprobs, seed=seed
         )
         earlier = self._attempts.get(request.request_id, [])
         attempts, refusal = await collector.send(
-            request.request_id, self._dialect.path, body, worst_case_prompt_tokens(request.probe), earlier
+            request.request_id, self._dialect.path, body, worst_case_tokens(request), earlier
         )
         if attempts:
             self._attempts[request.request_id] = attempts
@@ -178,8 +178,9 @@ class Auditor:
         observation = self._dialect.observe(request.probe.id, self._attempts[request.request_id])
         self._seen[request.request_id] = observation
         if observation.prompt_tokens is not None:
-            reserved = worst_case_prompt_tokens(request.probe)
-            self._budget.settle(reserved, observation.prompt_tokens, observation.completion_tokens or 1)
+            self._budget.settle(
+                worst_case_tokens(request), observation.prompt_tokens, observation.completion_tokens or 1
+            )
 
     def _decided(self, capability: Capability) -> bool:
         answers = [self._seen[r.request_id] for r in self._plan.probe_requests if r.request_id in self._seen]
@@ -192,7 +193,7 @@ class Auditor:
                 requests=self._budget.requests,
                 planned=self._plan.estimate.requests,
                 log10_e_value=None if evidence is None else float(evidence.log_total[-1]) / math.log(10),
-                noise_nats=None if evidence is None else math.exp(evidence.log_scales.mean()),
+                noise_nats=None if evidence is None else math.exp(evidence.features.log_scales.mean()),
             )
         )
         return is_decided(case)
@@ -215,7 +216,7 @@ def judge_run(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings,
     )
     answers = [o for name, o in observations.items() if name not in capability_names and o.fault != "interrupted"]
     library = (
-        build_library(bundle, plan.policy, max(capability.top_logprobs, MIN_TOP_LOGPROBS))
+        build_library(bundle, plan.policy, max(capability.top_logprobs, MIN_TOP_LOGPROBS), plan.level)
         if bundle is not None
         else None
     )

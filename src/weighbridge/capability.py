@@ -42,8 +42,11 @@ def capability_requests() -> list[PlannedRequest]:
     ]
 
 
-def sampling_of(request_id: str, capability: Capability) -> tuple[float, int]:
+def sampling_of(request: PlannedRequest, capability: Capability) -> tuple[float, int]:
     """The temperature and the number of logprobs that a request asks for."""
+    request_id = request.request_id
+    if request.max_tokens > 1:
+        return 0.0, capability.top_logprobs
     if request_id == TOP_20:
         return 1.0, 20
     if request_id == TOP_5:
@@ -76,7 +79,8 @@ def read_capability(observations: dict[str, Observation]) -> Capability:
     refused = None
     if calls and not answered:
         refused = f"{calls[-1].fault}: {calls[-1].fault_detail or 'no explanation'}"
-    lists = [call.top for call in calls if call.top is not None]
+    # One entry more than was asked for is the drawn token, put at the end of the list.
+    lists = [call.top[: 5 if call.request_id == TOP_5 else 20] for call in calls if call.top is not None]
     # A first answer that is only the end of a turn carries no list, yet says nothing against logprobs.
     top = len(lists[0]) if lists else (20 if calls and calls[0].fault == "end_of_turn" else 0)
     slope = _temperature_slope(observations)
@@ -91,7 +95,7 @@ def read_capability(observations: dict[str, Observation]) -> Capability:
         {
             "reachable": bool(answered),
             "refused": refused,
-            "top_logprobs": min(top, 20),
+            "top_logprobs": top,
             "temperature_regime": regime,
             "temperature_slope": slope,
             "usage_reported": any(call.prompt_tokens is not None for call in answered),

@@ -39,23 +39,23 @@ class Budget:
     requests: int = 0
     spent_usd: float = 0.0
 
-    def refuses(self, prompt_tokens: int) -> str | None:
+    def refuses(self, prompt_tokens: int, completion_tokens: int = 1) -> str | None:
         """Why one more request would break the budget, or None."""
         if self.requests >= self.limits.max_requests:
             return "budget_requests"
         most = self.limits.max_cost_usd
-        if most is not None and self.spent_usd + self._cost_usd(prompt_tokens, 1) > most:
+        if most is not None and self.spent_usd + self._cost_usd(prompt_tokens, completion_tokens) > most:
             return "budget_cost"
         return None
 
-    def reserve(self, prompt_tokens: int) -> None:
+    def reserve(self, prompt_tokens: int, completion_tokens: int = 1) -> None:
         """Take one request's worst case off the budget."""
         self.requests += 1
-        self.spent_usd += self._cost_usd(prompt_tokens, 1)
+        self.spent_usd += self._cost_usd(prompt_tokens, completion_tokens)
 
-    def settle(self, reserved_prompt_tokens: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """Replace one reserved worst case by what was really used."""
-        self.spent_usd += self._cost_usd(prompt_tokens, completion_tokens) - self._cost_usd(reserved_prompt_tokens, 1)
+    def settle(self, reserved: tuple[int, int], prompt_tokens: int, completion_tokens: int) -> None:
+        """Replace one reserved worst case, of prompt and completion tokens, by what was really used."""
+        self.spent_usd += self._cost_usd(prompt_tokens, completion_tokens) - self._cost_usd(*reserved)
 
     def _cost_usd(self, prompt_tokens: int, completion_tokens: int) -> float:
         return self.price.cost_usd(prompt_tokens, completion_tokens) if self.price is not None else 0.0
@@ -91,7 +91,12 @@ class Collector:
         self._next_slot = 0.0
 
     async def send(
-        self, request_id: str, path: str, body: dict[str, Any], prompt_tokens: int, earlier: list[Exchange]
+        self,
+        request_id: str,
+        path: str,
+        body: dict[str, Any],
+        worst_case_tokens: tuple[int, int],
+        earlier: list[Exchange],
     ) -> tuple[list[Exchange], str | None]:
         """Send one request until it is answered or refused, or attempts or budget run out.
 
@@ -99,8 +104,8 @@ class Collector:
         ----------
         request_id, path, body
             What is sent where.
-        prompt_tokens : int
-            The worst case, for the budget.
+        worst_case_tokens : tuple of int
+            Prompt and completion tokens, for the budget.
         earlier : list of Exchange
             Attempts of this request before a crash.
 
@@ -116,10 +121,10 @@ class Collector:
         """
         attempts = list(earlier)
         while True:
-            refusal = self._budget.refuses(prompt_tokens)
+            refusal = self._budget.refuses(*worst_case_tokens)
             if refusal is not None:
                 return attempts, refusal
-            self._budget.reserve(prompt_tokens)
+            self._budget.reserve(*worst_case_tokens)
             await self._pace()
             sent = Sent(
                 request_id=request_id,

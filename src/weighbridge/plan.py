@@ -14,6 +14,7 @@ from weighbridge.records import (
     Draw,
     Endpoint,
     Estimate,
+    LogprobLevel,
     Plan,
     PlannedRequest,
     Policy,
@@ -23,15 +24,17 @@ from weighbridge.records import (
 from weighbridge.reference.bundle import EMBEDDED, Bundle, PoolRecord, unfit_to_judge
 
 MOST_CAPABILITY_REQUESTS = 4
+# Of K endpoints that are judged together, one is named only from e ≥ K / 0.01 (e-BH: Wang and Ramdas 2022, JRSS B 84).
+FLEET_FALSE_DISCOVERY_RATE = 0.01
 # What a template adds to a message at most, in tokens; a token is at least one byte.
 TEMPLATE_TOKENS_PER_MESSAGE = 64
 
 
-def worst_case_prompt_tokens(probe: Probe) -> int:
-    """An upper limit of a probe's prompt tokens, for any tokenizer that works on bytes."""
-    return (
-        sum(len(m.content.encode()) + TEMPLATE_TOKENS_PER_MESSAGE for m in probe.messages) + TEMPLATE_TOKENS_PER_MESSAGE
-    )
+def worst_case_tokens(request: PlannedRequest) -> tuple[int, int]:
+    """An upper limit of a request's prompt tokens, for any tokenizer that works on bytes, and its completion tokens."""
+    messages = request.probe.messages
+    prompt = sum(len(m.content.encode()) + TEMPLATE_TOKENS_PER_MESSAGE for m in messages) + TEMPLATE_TOKENS_PER_MESSAGE
+    return prompt, request.max_tokens
 
 
 def pool_of(bundle: Bundle, level: Level = "L3") -> Pool:
@@ -76,7 +79,14 @@ def pool_at_hand(bundle: Bundle, recorded: PoolRecord) -> Pool:
 
 
 def make_plan(
-    endpoint: Endpoint, policy: Policy, bundle: Bundle | None, *, seed: str | None = None, created_at: str | None = None
+    endpoint: Endpoint,
+    policy: Policy,
+    bundle: Bundle | None,
+    *,
+    level: LogprobLevel = "L3",
+    fleet_size: int = 1,
+    seed: str | None = None,
+    created_at: str | None = None,
 ) -> Plan:
     """Decide what an audit will send.
 
@@ -88,6 +98,10 @@ def make_plan(
         What counts as honest.
     bundle : Bundle or None
         The reference; without one only the capability calls are planned.
+    level : str
+        Which kind of evidence is collected.
+    fleet_size : int
+        How many endpoints are judged together: the more, the stronger the evidence that names one.
     seed : str, optional
         The seed of the draw; a fresh one of 128 bits by default.
     created_at : str, optional
@@ -99,20 +113,26 @@ def make_plan(
         If the bundle's pool is not at hand, or it lacks what judging needs: that is said before anything is paid for.
     """
     seed = seed if seed is not None else secrets.token_hex(16)
-    probes: list[Probe] = []
+    policy = policy.model_copy(
+        update={"differs_e_value": max(policy.differs_e_value, fleet_size / FLEET_FALSE_DISCOVERY_RATE)}
+    )
+    probes: list[PlannedRequest] = []
     identity: PoolIdentity | None = None
     if bundle is not None:
-        problem = unfit_to_judge(bundle)
+        problem = unfit_to_judge(bundle, level)
         if problem is not None:
             raise BundleError(
                 f"the bundle {bundle.manifest.id} cannot be judged against: {problem}",
                 "Record or merge what is missing",
             )
-        pool = pool_of(bundle)
+        pool = pool_of(bundle, level)
         identity = pool.identity
         by_id = {probe.id: probe for probe in pool.probes}
         # The whole pool in the order of the draw: the budget, not the plan, says how far an audit goes.
-        probes = [by_id[probe_id] for probe_id in draw(bundle.usable_probe_ids, seed)]
+        probes = [
+            _request(bundle, level, f"probe-{n:04d}", by_id[probe_id])
+            for n, probe_id in enumerate(_drawn(bundle, level, seed), start=1)
+        ]
     capability = capability_requests()
     return Plan(
         weighbridge_version=__version__,
@@ -123,11 +143,11 @@ def make_plan(
         reference=bundle.identity if bundle else None,
         reference_path=_path_to_remember(bundle),
         pool=identity,
+        level=level,
+        fleet_size=fleet_size,
         draw=Draw(seed=seed, commitment=_commitment(seed, identity, bundle.identity if bundle else None, policy)),
         capability_requests=capability,
-        probe_requests=[
-            PlannedRequest(request_id=f"probe-{n:04d}", probe=probe) for n, probe in enumerate(probes, start=1)
-        ],
+        probe_requests=probes,
         estimate=_estimate(endpoint, bundle, capability, probes),
     )
 
@@ -140,12 +160,25 @@ def check_draw(plan: Plan, bundle: Bundle) -> None:
     RunFolderError
         If they are not, or the commitment is another.
     """
-    drawn = draw(bundle.usable_probe_ids, plan.draw.seed)
+    drawn = _drawn(bundle, plan.level, plan.draw.seed)
     committed = _commitment(plan.draw.seed, plan.pool, plan.reference, plan.policy, plan.weighbridge_version)
     if [r.probe.id for r in plan.probe_requests] != drawn or plan.draw.commitment != committed:
         raise RunFolderError(
             "the plan's probes are not the draw of its seed", "A run whose plan was changed cannot be judged"
         )
+
+
+def _drawn(bundle: Bundle, level: LogprobLevel, seed: str) -> list[str]:
+    pool = bundle.pool_at(level)
+    return [] if pool is None else draw(bundle.usable_probes(pool), seed)
+
+
+def _request(bundle: Bundle, level: LogprobLevel, request_id: str, probe: Probe) -> PlannedRequest:
+    """How a probe is asked at a level: an answer that is to be generated is not sent with the question."""
+    if level == "L2":
+        question = probe.model_copy(update={"messages": probe.messages[:-1]})
+        return PlannedRequest(request_id=request_id, probe=question, max_tokens=bundle.scored_tokens(probe.id))
+    return PlannedRequest(request_id=request_id, probe=probe, forced=level == "L1")
 
 
 def _commitment(
@@ -168,15 +201,18 @@ def _path_to_remember(bundle: Bundle | None) -> str | None:
 
 
 def _estimate(
-    endpoint: Endpoint, bundle: Bundle | None, capability: list[PlannedRequest], probes: list[Probe]
+    endpoint: Endpoint, bundle: Bundle | None, capability: list[PlannedRequest], probes: list[PlannedRequest]
 ) -> Estimate:
     requests = min(endpoint.limits.max_requests, MOST_CAPABILITY_REQUESTS + len(probes))
-    tokens = sum(worst_case_prompt_tokens(request.probe) for request in capability)
+    tokens = sum(worst_case_tokens(request)[0] for request in capability)
+    completion = MOST_CAPABILITY_REQUESTS
     if bundle is not None:
-        room = max(0, endpoint.limits.max_requests - 2)
-        tokens += int(sum(bundle.prompt_tokens[0, bundle.probe_index[probe.id]] for probe in probes[:room]))
-    cost = endpoint.price.cost_usd(tokens, requests) if endpoint.price else None
+        sent = probes[: max(0, endpoint.limits.max_requests - 2)]
+        tokens += int(sum(bundle.prompt_tokens[0, bundle.probe_index[request.probe.id]] for request in sent))
+        completion += sum(request.max_tokens for request in sent)
+    completion = max(completion, requests) if probes and probes[0].max_tokens > 1 else requests
+    cost = endpoint.price.cost_usd(tokens, completion) if endpoint.price else None
     source = "the endpoint's [price], retries not counted" if endpoint.price else "no price was given"
     return Estimate(
-        requests=requests, prompt_tokens=tokens, completion_tokens=requests, cost_usd=cost, price_source=source
+        requests=requests, prompt_tokens=tokens, completion_tokens=completion, cost_usd=cost, price_source=source
     )

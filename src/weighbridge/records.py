@@ -21,6 +21,8 @@ VerdictWord = Literal["consistent", "inconclusive", "differs", "differs_replicat
 Cause = Literal[
     "precision", "kv_cache", "template", "hidden_prompt", "sampling", "route", "other_model", "partial_routing", "none_of_these",
 ]  # fmt: skip
+# Of evidence that rests on logprobs: forced text, the tokens of a short answer, one token.
+LogprobLevel = Literal["L1", "L2", "L3"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -142,7 +144,15 @@ class Policy(Record):
         gt=0, description="no honest stack is held to a smaller residual scale than this"
     )
     null_scale_floor_source: str
-    stack_margin: float = Field(ge=1, description="factor on an honest stack's scale for stacks not in the library")
+    stack_margin: float = Field(
+        ge=1, description="least factor on the noisiest honest stack's scale, for stacks not in the library"
+    )
+    stack_coverage: float = Field(
+        gt=0.5, lt=1, description="share of unrecorded honest stacks of a numeric class that its limit is meant to hold"
+    )
+    few_stacks_sd: float = Field(
+        gt=0, description="spread of ln ŝ from stack to stack where fewer than three of a class are recorded"
+    )
     outlier_share: float = Field(ge=0, lt=1, description="share of probes on which an honest stack may do anything")
     score_cap: float = Field(gt=1, description="the most that one request may count, before normalising")
     direction_floor_cosine: float = Field(gt=0, lt=1)
@@ -175,10 +185,16 @@ class Probe(Record):
 
 
 class PlannedRequest(Record):
-    """One request of a plan, in sending order."""
+    """One request of a plan, in sending order.
+
+    ``max_tokens`` are generated at temperature 0 where they are more than one; a ``forced`` request ends with the assistant's own
+    words and asks for the logprobs of its prompt.
+    """
 
     request_id: str
     probe: Probe
+    max_tokens: int = Field(default=1, ge=1, le=512)
+    forced: bool = False
 
 
 class BundleIdentity(Record):
@@ -226,6 +242,8 @@ class Plan(Record):
     reference_path: str | None
     pool: PoolIdentity | None
     draw: Draw
+    level: LogprobLevel = "L3"
+    fleet_size: int = Field(default=1, ge=1, description="how many endpoints are judged together")
     capability_requests: list[PlannedRequest]
     probe_requests: list[PlannedRequest]
     estimate: Estimate
@@ -293,8 +311,19 @@ class TopToken(Record):
     logprob_nats: Finite
 
 
+class Position(Record):
+    """One place of a text: the token that stands there, where it is known, and the most likely ones."""
+
+    bytes_hex: str | None
+    top: list[TopToken]
+
+
 class Observation(Record):
-    """The flat facts read from the last attempt of one request."""
+    """The flat facts read from the last attempt of one request.
+
+    ``top`` is the list of the first generated token; ``positions`` holds one list for each generated token where more than one
+    was asked for, or one for each token of the prompt where its logprobs were.
+    """
 
     schema_: Literal["weighbridge/observation/1"] = Field(default="weighbridge/observation/1", alias="schema")
     request_id: str
@@ -313,6 +342,7 @@ class Observation(Record):
     completion_tokens: int | None = None
     cached_tokens: int | None = None
     top: list[TopToken] | None = None
+    positions: list[Position] | None = None
     quirks: list[str] = Field(default_factory=list)
 
     model_config = Record.model_config | {"populate_by_name": True}
@@ -349,7 +379,7 @@ class Effect(Record):
 
 
 class Finding(Record):
-    """What one check concludes."""
+    """What one check concludes. ``family`` is the class of departure, such as ``int8``, where not more is known."""
 
     check: str
     version: int = 1
@@ -357,6 +387,7 @@ class Finding(Record):
     outcome: Outcome
     cause: Cause | None = None
     exact_variant: str | None = None
+    family: str | None = None
     summary: str
     effects: list[Effect] = Field(default_factory=list)
     log10_e_value: Finite | None = Field(default=None, description="evidence against the honest library")
@@ -386,6 +417,7 @@ class Verdict(Record):
     verdict: VerdictWord
     cause: Cause | None
     exact_variant: str | None
+    family: str | None
     policy: str
     axes: dict[Axis, Outcome]
     not_excluded: list[str]

@@ -13,6 +13,7 @@ from weighbridge.cli.doctor import doctor_command
 from weighbridge.cli.lab import lab_group
 from weighbridge.cli.plan import plan_command
 from weighbridge.cli.pool import pool_group
+from weighbridge.cli.power import power_command
 from weighbridge.cli.reference import reference_group
 from weighbridge.cli.replay import replay_command
 from weighbridge.cli.resume import resume_command
@@ -30,7 +31,8 @@ def cli() -> None:
 
 
 for _command in (
-    demo_command, audit_command, plan_command, doctor_command, resume_command, replay_command, reference_group, pool_group, lab_group,
+    demo_command, audit_command, plan_command, power_command, doctor_command, resume_command, replay_command, reference_group, pool_group,
+    lab_group,
 ):  # fmt: skip
     cli.add_command(_command)
 

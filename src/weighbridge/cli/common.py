@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from weighbridge.audit import Progress as AuditProgress
 from weighbridge.audit import judge_run
 from weighbridge.errors import ConfigurationError
-from weighbridge.records import Endpoint, Findings, Plan, Verdict, checked, read_toml
+from weighbridge.records import Endpoint, Findings, LogprobLevel, Plan, Verdict, checked, read_toml
 from weighbridge.reference.bundle import Bundle, load_bundle
 from weighbridge.report.document import make_report, report_json, write_report_json
 from weighbridge.report.html import write_html
@@ -41,6 +41,12 @@ _ENDPOINT_OPTIONS = (
     click.option("--max-cost", type=float, metavar="USD", help="Spend at most so much; needs a [price] in the file."),
     click.option("--seed", help="The seed of the draw. Default: a fresh one."),
 )
+_COLLECTION_OPTIONS = (
+    click.option("--level", type=click.Choice(get_args(LogprobLevel)), default="L3", show_default=True,
+                 help="L3: one token a request. L2: a short answer. L1: the prompt's own logprobs, where the endpoint gives them."),
+    click.option("--fleet-size", type=click.IntRange(1, 100_000), default=1, show_default=True,
+                 help="How many endpoints are judged together; raises the evidence that names one."),
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 fail_on_option = click.option(
     "--fail-on", type=click.Choice(["differs", "inconclusive", "never"]), default="differs", show_default=True,
@@ -51,6 +57,13 @@ fail_on_option = click.option(
 def endpoint_options(command: Command) -> Command:
     """Add the arguments that name an endpoint and a reference."""
     for option in reversed(_ENDPOINT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def collection_options(command: Command) -> Command:
+    """Add what decides how evidence is collected."""
+    for option in reversed(_COLLECTION_OPTIONS):
         command = option(command)
     return command
 

@@ -4,25 +4,44 @@ from typing import Any
 
 import click
 
-from weighbridge.cli.common import endpoint_from, endpoint_options, json_option, print_json, reference_of
+from weighbridge.cli.common import (
+    collection_options,
+    endpoint_from,
+    endpoint_options,
+    json_option,
+    print_json,
+    reference_of,
+)
+from weighbridge.cli.reference_licence import plain
+from weighbridge.judge.library import build_library
 from weighbridge.judge.policy import load_policy
+from weighbridge.judge.power import Resolution, resolutions
 from weighbridge.plan import make_plan
+from weighbridge.records import LogprobLevel
+
+TOP_LOGPROBS = 20
+PLAN_DRAWS = 50  # the order of magnitude is wanted; `weighbridge power` draws more
 
 
 @click.command("plan")
 @endpoint_options
+@collection_options
 @json_option
-def plan_command(seed: str | None, as_json: bool, **named: Any) -> int:
+def plan_command(seed: str | None, level: LogprobLevel, fleet_size: int, as_json: bool, **named: Any) -> int:
     """Say what an audit would send and cost at most; send nothing."""
     endpoint = endpoint_from(**named)
     bundle = reference_of(endpoint)
-    plan = make_plan(endpoint, load_policy(endpoint.policy), bundle, seed=seed)
+    plan = make_plan(endpoint, load_policy(endpoint.policy), bundle, level=level, fleet_size=fleet_size, seed=seed)
     estimate = plan.estimate
+    told: list[Resolution] = []
+    if bundle is not None:
+        told = resolutions(build_library(bundle, plan.policy, TOP_LOGPROBS, level), plan.policy, draws=PLAN_DRAWS)
     if as_json:
         print_json({
             "schema": "weighbridge/plan-summary/1", "endpoint": endpoint.name, "policy": plan.policy.id,
             "reference": plan.reference.model_dump() if plan.reference else None, "seed": plan.draw.seed,
-            "estimate": estimate.model_dump(),
+            "estimate": estimate.model_dump(), "level": plan.level, "fleet_size": plan.fleet_size,
+            "departures": [r.model_dump() | {"resolvable": r.resolvable} for r in told],
         })  # fmt: skip
         return 0
     click.echo(f"endpoint    {endpoint.name} ({endpoint.base_url}, model {endpoint.model})")
@@ -33,5 +52,22 @@ def plan_command(seed: str | None, as_json: bool, **named: Any) -> int:
     click.echo(
         f"money       {f'at most about {estimate.cost_usd:.6f} USD' if estimate.cost_usd is not None else 'unknown'} ({estimate.price_source})"
     )
+    click.echo(
+        f"evidence    level {plan.level}; an endpoint is said to differ from e ≥ {plan.policy.differs_e_value:g}"
+    )
+    for line in _expected(told):
+        click.echo(line)
     click.echo("An audit stops as soon as its question is answered, so it usually costs less.")
     return 0
+
+
+def _expected(told: list[Resolution]) -> list[str]:
+    """How many answers tell which departures, and which none tells."""
+    if not told:
+        return []
+    slow = sorted((r for r in told if r.resolvable), key=lambda r: -(r.requests_p90 or 0))
+    lines = [f"  told apart within {r.requests_p90} answers in nine draws of ten: {plain(r.variant)}" for r in slow[:3]]
+    if len(slow) > len(lines):
+        lines.append(f"  {len(slow) - len(lines)} more recorded departures within {slow[len(lines)].requests_p90}")
+    lines += [f"  cannot be told from honest at this level: {plain(r.variant)}" for r in told if not r.resolvable]
+    return lines

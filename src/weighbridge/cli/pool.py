@@ -16,6 +16,9 @@ from weighbridge.plan import pool_at_hand
 from weighbridge.probes import Level, load_pool, write_pool
 from weighbridge.probes.generate import Family, generate_probes
 from weighbridge.reference.bundle import load_bundle
+from weighbridge.reference.checkpoint import open_checkpoint
+from weighbridge.reference.continuations import continue_greedily
+from weighbridge.reference.local import LocalSetting, LocalWeights
 from weighbridge.reference.select import select
 
 _LEVEL_OF: dict[Family, Level] = {"chat": "L3", "short-answer": "L5", "long": "long"}
@@ -86,6 +89,34 @@ def select_command(
         out / "selection.json", (json.dumps(selection.model_dump(mode="json", by_alias=True), indent=1) + "\n").encode()
     )
     _done(pool.identity.id, pool.identity.sha256, len(selection.chosen), out, as_json, selection.effective_sample_size)
+    return 0
+
+
+@pool_group.command("continue")
+@click.argument("candidates", metavar="POOL")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), required=True, help="The folder of the original weights (extra hf)."
+)
+@click.option("--tokens", type=click.IntRange(2, 512), default=24, show_default=True, help="Length of each answer.")
+@click.option(
+    "--every", type=click.IntRange(1, 512), default=3, show_default=True, help="Score every so many of its tokens."
+)
+@click.option("--count", type=click.IntRange(1, 100_000), required=True, help="How many probes at most.")
+@click.option("--id", "pool_id", required=True, help="The new pool's name.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The new pool's folder.")
+@json_option
+def continue_command(
+    candidates: str, weights: Path, tokens: int, every: int, count: int, pool_id: str, out: Path, as_json: bool
+) -> int:
+    """Give candidates the reference's own likeliest answer: a pool for top-k logprobs on generated tokens."""
+    probes = [p for p in load_pool(candidates).probes if p.messages[-1].role != "assistant"]
+    checkpoint = open_checkpoint(weights, {})
+    chosen = continue_greedily(LocalWeights(checkpoint, LocalSetting()), checkpoint, probes, tokens, count)
+    pool = write_pool(
+        out, pool_id, "L2", chosen, visibility="public", score_every=every,
+        motivation=f"The reference's own likeliest answers of {tokens} tokens to {len(probes)} candidates; those where the likeliest token leads the next one by most.",
+    )  # fmt: skip
+    _done(pool.identity.id, pool.identity.sha256, len(pool.probes), out, as_json)
     return 0
 
 

@@ -7,7 +7,7 @@ of an answer, and every quirk that it meets becomes a named entry of ``Observati
 from typing import Any, Protocol
 
 from weighbridge.dialects.openai_chat import OpenAIChat
-from weighbridge.records import Endpoint, Exchange, Message, Observation
+from weighbridge.records import Endpoint, Exchange, Observation, PlannedRequest
 
 
 class Dialect(Protocol):
@@ -16,9 +16,9 @@ class Dialect(Protocol):
     path: str
 
     def body(
-        self, endpoint: Endpoint, messages: list[Message], *, temperature: float, top_logprobs: int, seed: int
+        self, endpoint: Endpoint, request: PlannedRequest, *, temperature: float, top_logprobs: int, seed: int
     ) -> dict[str, Any]:
-        """The JSON body that asks for one token, with every sampling parameter stated."""
+        """The JSON body that asks a request, with every sampling parameter stated."""
         ...
 
     def observe(self, probe_id: str, attempts: list[Exchange]) -> Observation:

@@ -6,7 +6,7 @@ import math
 import sys
 from typing import Any
 
-from weighbridge.records import Endpoint, Exchange, Message, Observation, Received, TopToken
+from weighbridge.records import Endpoint, Exchange, Observation, PlannedRequest, Position, Received, TopToken
 
 NAMELESS = ""  # stands for a special token, which servers list without text and without bytes
 _MOST_NAMELESS = 3  # a list with more of them does not name its tokens at all
@@ -15,6 +15,7 @@ SENTINEL_NATS = -9998.0  # servers write -9999 for "outside the list"; no logpro
 _NOT_A_NAME = tuple(mark.encode() for mark in "\ufffdĠĊĉ▁")
 _MAX_TEXT = 200
 _MAX_TOP = 10_000
+_MAX_POSITIONS = 4096
 
 
 class OpenAIChat:
@@ -23,13 +24,13 @@ class OpenAIChat:
     path = "/chat/completions"
 
     def body(
-        self, endpoint: Endpoint, messages: list[Message], *, temperature: float, top_logprobs: int, seed: int
+        self, endpoint: Endpoint, request: PlannedRequest, *, temperature: float, top_logprobs: int, seed: int
     ) -> dict[str, Any]:
-        """The body of a one-token request. What is not stated here, a server fills in as it likes."""
+        """The body of a request. What is not stated here, a server fills in as it likes."""
         body: dict[str, Any] = {
             "model": endpoint.model,
-            "messages": [message.model_dump() for message in messages],
-            "max_tokens": 1,
+            "messages": [message.model_dump() for message in request.probe.messages],
+            "max_tokens": request.max_tokens,
             "n": 1,
             "temperature": temperature,
             "top_p": 1,
@@ -40,6 +41,9 @@ class OpenAIChat:
         }
         if top_logprobs > 0:
             body |= {"logprobs": True, "top_logprobs": top_logprobs}
+        if request.forced:
+            # As vLLM and SGLang name them: the last message is gone on with, and the prompt's own logprobs are returned.
+            body |= {"prompt_logprobs": top_logprobs, "continue_final_message": True, "add_generation_prompt": False}
         return body | endpoint.extra_body
 
     def observe(self, probe_id: str, attempts: list[Exchange]) -> Observation:
@@ -82,7 +86,7 @@ class OpenAIChat:
                 fault="error_object",
                 fault_detail=_error_message(document) or "an error object",
             )
-        return _answer(facts, document)
+        return _answer(facts, document, attempts[-1].sent.body)
 
 
 def _body(received: Received) -> str:
@@ -119,7 +123,7 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9 else None
 
 
-def _answer(facts: dict[str, Any], document: dict[str, Any]) -> Observation:
+def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, Any]) -> Observation:
     usage = document.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("prompt_tokens_details")
@@ -145,6 +149,11 @@ def _answer(facts: dict[str, Any], document: dict[str, Any]) -> Observation:
         fault = "end_of_turn" if empty and facts["finish_reason"] is not None else "no_logprobs"
         return Observation(**facts, answered=True, fault=fault, fault_detail="the answer carries no logprobs")
     top, quirks, fault_detail = _top_tokens(content[0].get("top_logprobs"))
+    positions: list[Position] | None = None
+    if fault_detail is None and asked.get("prompt_logprobs"):
+        positions, quirks, fault_detail = _positions(_prompt_lists(document, choice), quirks)
+    elif fault_detail is None and (asked.get("max_tokens") or 1) > 1:
+        positions, quirks, fault_detail = _positions(content[: asked["max_tokens"]], quirks)
     if fault_detail is not None:
         return Observation(**facts, answered=True, fault="bad_logprobs", fault_detail=fault_detail, quirks=quirks)
     if not top:
@@ -155,7 +164,37 @@ def _answer(facts: dict[str, Any], document: dict[str, Any]) -> Observation:
             fault_detail="the list of logprobs is empty, or no token of it has a name that can be understood",
             quirks=quirks,
         )
-    return Observation(**facts, answered=True, top=top, quirks=quirks)
+    return Observation(**facts, answered=True, top=top, positions=positions, quirks=quirks)
+
+
+def _prompt_lists(document: dict[str, Any], choice: dict[str, Any]) -> list[Any]:
+    """The prompt's logprobs in vLLM's shape, one entry for each token; some servers put them into the choice."""
+    rows = document.get("prompt_logprobs") or choice.get("prompt_logprobs")
+    if not isinstance(rows, list):
+        return []
+    lists: list[Any] = []
+    for row in rows[:_MAX_POSITIONS]:
+        entries = list(row.values()) if isinstance(row, dict) else []
+        named = [
+            {"token": entry.get("decoded_token"), "logprob": entry.get("logprob")} if isinstance(entry, dict) else entry
+            for entry in entries
+        ]
+        lists.append({"top_logprobs": named})
+    return lists
+
+
+def _positions(entries: list[Any], quirks: list[str]) -> tuple[list[Position], list[str], str | None]:
+    """One list for each position, empty where there is none."""
+    found, met = [], set(quirks)
+    for entry in entries[:_MAX_POSITIONS]:
+        if not isinstance(entry, dict):
+            return [], sorted(met), "an entry of the logprobs is not an object"
+        top, more, fault = _top_tokens(entry.get("top_logprobs"))
+        if fault is not None:
+            return [], sorted(met | set(more)), fault
+        met |= set(more)
+        found.append(Position(bytes_hex=_token_bytes(entry, set()), top=top))
+    return found, sorted(met), None
 
 
 def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from weighbridge.judge.library import Library, Residuals
+from weighbridge.judge.answers import Residuals
+from weighbridge.judge.library import Library
 from weighbridge.judge.sizes import WeightEvidence
 from weighbridge.records import Capability, Finding, Observation, Plan
 

@@ -6,55 +6,130 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighbridge.errors import BundleError
-from weighbridge.records import Observation, Policy
-from weighbridge.reference.bundle import Bundle, StackRecord, unfit_to_judge
-from weighbridge.stats.residuals import centred_difference, direction_cosine, log_scale, own_top, reference_at
+from weighbridge.records import LogprobLevel, Policy
+from weighbridge.reference.bundle import Bundle, PoolRecord, StackRecord, unfit_to_judge
+from weighbridge.stats.grid import grid_step, round_to_bfloat16, same_grid
+from weighbridge.stats.honest import MIN_STACKS, class_limit
+from weighbridge.stats.residuals import (
+    centred_difference,
+    fisher_cosine,
+    log_scale,
+    mean_by_unit,
+    own_top,
+    shape_fisher,
+)
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 MIN_TOP_LOGPROBS = 5  # a shorter list cannot be compared
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def travels(stack: StackRecord) -> bool:
+    """Whether a departure leaves the same residual on another engine.
+
+    Changed weights do; rounded activations and KV caches are rounded anew, by every engine's own noise.
+    """
+    precision = stack.precision
+    return precision.activations in FLOATS and precision.kv_cache in FLOATS
+
+
+@dataclass(frozen=True)
+class Null:
+    """What counts as honest for an endpoint whose logprobs lie on one kind of grid.
+
+    Attributes
+    ----------
+    grid_nats : float
+        The grid of its stacks; 0 for none.
+    stacks : int array, shape (B,)
+        Rows of `Library.honest`.
+    limit_nats : float
+        ŝ that an unrecorded honest stack may have.
+    log_scales : float array, shape (B, N)
+        x of each stack on each probe, moved up to its numeric class's limit.
+    mean, sd : float
+        Of `log_scales` in the noisiest class: its mean, and the largest standard deviation.
+    means : float array, shape (B,)
+        Mean log s of each stack as recorded.
+    centre, between_sd, degrees
+        Mean log ŝ of the noisiest class as recorded, its spread from stack to stack, and the degrees of freedom of that spread.
+    shape_fisher : float array, shape (B, N)
+        Fisher transform of the cosine with the reference's own centred logprobs: what a temperature changes.
+    fisher : float array, shape (V, B, N)
+        Fisher transform of the cosine with each variant, moved up to the largest mean that counts as honest.
+    fisher_mean, fisher_sd : float array, shape (V,)
+        That mean, and the largest standard deviation.
+    travelled_log_scales, travelled_fisher : float array, shape (V, B, N)
+        Of a variant's residual with a stack's own noise added to it, as recorded: what the variant would look like on that
+        engine. NaN for variants that do not travel.
+    farthest_fisher : float array, shape (V, B, N)
+        The same with the noise moved up to the limit: the least that the variant must show if it is served.
+    """
+
+    grid_nats: float
+    stacks: Ints
+    limit_nats: float
+    log_scales: Floats
+    mean: float
+    sd: float
+    means: Floats
+    centre: float
+    between_sd: float
+    degrees: int
+    shape_fisher: Floats
+    fisher: Floats
+    fisher_mean: Floats
+    fisher_sd: Floats
+    travelled_log_scales: Floats
+    travelled_fisher: Floats
+    farthest_fisher: Floats
 
 
 @dataclass(frozen=True)
 class Library:
-    """Residuals of every recorded stack over its own top-k, for the usable probes of a bundle.
+    """Residuals of every recorded stack over its own top-k, for the usable probes of a level's pool. R rows of N probes.
 
     Attributes
     ----------
     probe_ids : list of str
-        The usable probes; columns of the arrays below.
+        The usable probes.
+    rows, unit_of_row : int array, shape (R,)
+        The bundle's row of each row here, and the probe (index into `probe_ids`) that it belongs to.
     honest, variants : list of StackRecord
-        The stacks that the policy accepts (without the reference itself), and all others.
-    reference_nats : float array, shape (probes, top-K)
+        The stacks that the policy accepts (without the reference itself), and all others; H and V of them.
+    renderings : list of StackRecord
+        The original weights under another chat template.
+    reference_nats : float array, shape (R, top-K)
         The reference's logprobs.
-    most_unlisted_nats : float array, shape (probes,)
+    most_unlisted_nats : float array, shape (R,)
         The most that a token can have in the reference if it is not found there by its bytes: the list's smallest,
         or all that the list's tokens without bytes of their own (special tokens) have together.
-    variant_differences_nats : float array, shape (variants, probes, top-K)
-        Each variant's logprobs less the reference's.
-    honest_log_scales, variant_log_scales : float array, shape (stacks, probes)
-        x = log s of each stack against the reference.
-    null_log_scales : float array, shape (honest stacks, probes)
-        The honest ones moved up to the policy's floor, or by its margin, whichever is larger.
-    null_mean, null_sd : float
-        Largest mean and largest standard deviation of `null_log_scales`.
-    null_cosines : dict
-        For each variant the largest mean cosine that counts as honest.
+    differences_nats : float array, shape (V + renderings, R, top-K)
+        Each one's logprobs less the reference's.
+    honest_log_scales : float array, shape (H, N)
+        x = log s of each honest stack against the reference, averaged over a probe's rows.
+    variant_log_scales : float array, shape (V + renderings, N)
+        The same of the others.
+    nulls : list of Null
+        One for each kind of grid that an honest stack has.
     """
 
     bundle: Bundle
+    level: LogprobLevel
     top_k: int
     probe_ids: list[str]
+    rows: Ints
+    unit_of_row: Ints
     honest: list[StackRecord]
     variants: list[StackRecord]
+    renderings: list[StackRecord]
     reference_nats: Floats
     most_unlisted_nats: Floats
-    variant_differences_nats: Floats
+    differences_nats: Floats
     honest_log_scales: Floats
     variant_log_scales: Floats
-    null_log_scales: Floats
-    null_mean: float
-    null_sd: float
-    null_cosines: dict[str, float]
+    nulls: list[Null]
 
     @property
     def families(self) -> list[str]:
@@ -62,80 +137,194 @@ class Library:
         stacks = [s for s in self.bundle.manifest.stacks if s.id == self.bundle.manifest.reference_stack]
         return sorted({stack.family for stack in (*stacks, *self.honest)})
 
+    @property
+    def bank(self) -> list[StackRecord]:
+        """Everything that a residual may point at: variants, then renderings."""
+        return [*self.variants, *self.renderings]
 
-def build_library(bundle: Bundle, policy: Policy, top_k: int) -> Library:
-    """Compute the library once per audit."""
-    pool, problem = bundle.pool_at("L3"), unfit_to_judge(bundle)
+    def null_for(self, grid_nats: float) -> Null | None:
+        """The null for an endpoint's grid; None where no honest stack has such a one."""
+        return next((null for null in self.nulls if same_grid(null.grid_nats, grid_nats)), None)
+
+
+def build_library(
+    bundle: Bundle, policy: Policy, top_k: int, level: LogprobLevel = "L3", *, bfloat16_logprobs: bool = False
+) -> Library:
+    """Compute the library once per audit.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    policy : Policy
+    top_k : int
+        How many logprobs the endpoint returns.
+    level : str
+        Which pool of the bundle is asked.
+    bfloat16_logprobs : bool
+        Whether the endpoint rounds its logprobs to bfloat16: then everything recorded is rounded likewise.
+
+    Raises
+    ------
+    BundleError
+        If the bundle cannot be judged against at this level.
+    """
+    pool, problem = bundle.pool_at(level), unfit_to_judge(bundle, level)
     if problem is not None or pool is None:
         raise BundleError(
             f"the bundle {bundle.manifest.id} cannot be judged against: {problem}", "Record or merge what is missing"
         )
-    probe_ids = bundle.usable_probe_ids
-    rows = np.array([bundle.row_index[p] for p in probe_ids], np.int64)
+    probe_ids, rows, unit_of_row = _layout(bundle, pool)
     reference = bundle.stack_index[bundle.manifest.reference_stack]
-    others = [
-        s
-        for s in bundle.manifest.stacks
-        if s.id != bundle.manifest.reference_stack and pool.id in s.pools and s.is_judged
-    ]
+    recorded = [s for s in bundle.manifest.stacks if s.id != bundle.manifest.reference_stack and pool.id in s.pools]
+    others = [s for s in recorded if s.is_judged]
     honest = [s for s in others if s.departure is None or s.departure_class in policy.accepts]
     variants = [s for s in others if s not in honest]
+    renderings = [s for s in recorded if not s.is_judged]
     if not variants:
         raise BundleError(
             f"the policy {policy.id} accepts every departure that the bundle {bundle.manifest.id} records",
             "Choose a stricter policy, or record a departure that it does not accept",
         )
-    reference_rows = bundle.logprobs_nats[reference].astype(np.float64)[rows]
 
-    def top_of(stack: StackRecord) -> tuple[NDArray[np.int64], Floats]:
-        return own_top(bundle.logprobs_nats[bundle.stack_index[stack.id]].astype(np.float64)[rows], top_k)
+    def values_of(stack: int) -> Floats:
+        values = bundle.logprobs_nats[stack].astype(np.float64)[rows]
+        return round_to_bfloat16(values) if bfloat16_logprobs else values
 
-    def log_scales(stacks: list[StackRecord]) -> Floats:
-        out = np.empty((len(stacks), len(rows)))
-        for i, stack in enumerate(stacks):
-            columns, values = top_of(stack)
-            out[i] = log_scale(centred_difference(values, np.take_along_axis(reference_rows, columns, axis=1)))
-        return out
+    reference_rows = values_of(reference)
+    bank = [*variants, *renderings]
+    differences = np.stack([values_of(bundle.stack_index[s.id]) for s in bank]) - reference_rows
+    tops = [_Top.of(values_of(bundle.stack_index[s.id]), reference_rows, top_k) for s in honest]
+    n = len(probe_ids)
 
-    honest_scales, variant_scales = log_scales(honest), log_scales(variants)
-    means = np.nanmean(honest_scales, axis=1, keepdims=True)
-    targets = np.maximum(means + np.log(policy.stack_margin), np.log(policy.null_scale_floor_nats))
-    null = honest_scales - means + targets
+    def scales(residual: Floats) -> Floats:
+        return mean_by_unit(log_scale(residual), unit_of_row, n)
 
-    order = [bundle.stack_index[variant.id] for variant in variants]
-    differences = bundle.logprobs_nats[order].astype(np.float64)[:, rows] - reference_rows
-    cosines: dict[str, float] = {}
-    for variant, recorded in zip(variants, differences, strict=True):
-        worst = 0.0
-        for stack in honest:
-            columns, values = top_of(stack)
-            reference_values = np.take_along_axis(reference_rows, columns, axis=1)
-            found = direction_cosine(
-                centred_difference(values, reference_values),
-                np.take_along_axis(recorded, columns, axis=1),
-                reference_values,
-            )
-            worst = max(worst, float(np.nanmean(found)))
-        cosines[variant.id] = max(policy.direction_floor_cosine, worst + policy.direction_margin_cosine)
+    honest_scales = np.stack([scales(top.residual) for top in tops])
+    variant_scales = np.stack(
+        [
+            scales(_Top.of(values_of(bundle.stack_index[s.id]), reference_rows, top_k).residual)
+            for s in bank
+        ]
+    )  # fmt: skip
+    grids = [grid_step(top.values) for top in tops]
+    kinds: list[float] = []
+    for grid in sorted(grids):
+        if not any(same_grid(grid, kind) for kind in kinds):
+            kinds.append(grid)
     return Library(
         bundle=bundle,
+        level=level,
         top_k=top_k,
         probe_ids=probe_ids,
+        rows=rows,
+        unit_of_row=unit_of_row,
         honest=honest,
         variants=variants,
+        renderings=renderings,
         reference_nats=reference_rows,
         most_unlisted_nats=_most_unlisted(bundle, rows, reference_rows),
-        variant_differences_nats=differences,
+        differences_nats=differences,
         honest_log_scales=honest_scales,
         variant_log_scales=variant_scales,
-        null_log_scales=null,
-        null_mean=float(targets.max()),
-        null_sd=float(np.nanstd(null, axis=1).max()),
-        null_cosines=cosines,
+        nulls=[
+            _null(kind, [i for i, grid in enumerate(grids) if same_grid(grid, kind)], honest, honest_scales, tops, bank,
+                  differences, unit_of_row, n, policy)
+            for kind in kinds
+        ],
+    )  # fmt: skip
+
+
+def _layout(bundle: Bundle, pool: PoolRecord) -> tuple[list[str], Ints, Ints]:
+    probe_ids = bundle.usable_probes(pool)
+    index = [bundle.probe_index[probe_id] for probe_id in probe_ids]
+    place = {probe: i for i, probe in enumerate(index)}
+    rows = np.flatnonzero(np.isin(bundle.row_probe, index))
+    return probe_ids, rows.astype(np.int64), np.array([place[p] for p in bundle.row_probe[rows].tolist()], np.int64)
+
+
+@dataclass(frozen=True)
+class _Top:
+    """A stack's own most likely tokens, row by row."""
+
+    columns: Ints
+    values: Floats
+    reference: Floats
+    residual: Floats
+
+    @classmethod
+    def of(cls, values: Floats, reference_rows: Floats, top_k: int) -> "_Top":
+        columns, own = own_top(values, top_k)
+        reference = np.take_along_axis(reference_rows, columns, axis=1)
+        return cls(columns, own, reference, centred_difference(own, reference))
+
+
+def _null(
+    grid: float, stacks: list[int], honest: list[StackRecord], honest_scales: Floats, tops: list[_Top], bank: list[StackRecord],
+    differences: Floats, unit_of_row: Ints, n: int, policy: Policy,
+) -> Null:  # fmt: skip
+    """The stacks of one kind of grid, each moved up to the limit of its numeric class (its type of arithmetic)."""
+    means = np.nanmean(honest_scales, axis=1)
+    classes: dict[str, list[int]] = {}
+    for i in stacks:
+        classes.setdefault(honest[i].precision.activations, []).append(i)
+    limits = {
+        name: class_limit(means[members], margin=policy.stack_margin, coverage=policy.stack_coverage)
+        for name, members in classes.items()
+    }
+    noisiest = max(limits, key=lambda name: limits[name])
+    limits[noisiest] = max(limits[noisiest], policy.null_scale_floor_nats)
+    class_of = {i: name for name, members in classes.items() for i in members}
+    targets = np.log([limits[class_of[i]] for i in stacks])
+    own = means[stacks]
+    moved = honest_scales[stacks] - own[:, None] + targets[:, None]
+    members = classes[noisiest]
+    few = len(members) < MIN_STACKS
+
+    fisher = np.full((len(bank), len(stacks), n), np.nan)
+    travelled_x, travelled_z, farthest_z = fisher.copy(), fisher.copy(), fisher.copy()
+    for b, i in enumerate(stacks):
+        top = tops[i]
+        at_top = np.take_along_axis(differences, np.broadcast_to(top.columns, (len(bank), *top.columns.shape)), axis=2)
+        fisher[:, b] = mean_by_unit(fisher_cosine(top.residual[None], at_top, top.reference[None]), unit_of_row, n)
+        for v, stack in enumerate(bank):
+            if not travels(stack):
+                continue
+            for factor, x, z in (
+                (1.0, travelled_x, travelled_z),
+                (max(1.0, float(np.exp(targets[b] - own[b]))), None, farthest_z),
+            ):
+                residual = centred_difference(factor * top.residual + at_top[v], np.zeros_like(top.residual))
+                z[v, b] = mean_by_unit(fisher_cosine(residual, at_top[v], top.reference), unit_of_row, n)
+                if x is not None:
+                    x[v, b] = mean_by_unit(log_scale(residual), unit_of_row, n)
+    mean_z = np.nanmean(fisher, axis=2)
+    at_most = np.arctanh(
+        np.maximum(policy.direction_floor_cosine, np.tanh(mean_z.max(axis=1)) + policy.direction_margin_cosine)
+    )
+    return Null(
+        grid_nats=grid,
+        stacks=np.array(stacks, np.int64),
+        limit_nats=limits[noisiest],
+        log_scales=moved,
+        mean=float(np.log(limits[noisiest])),
+        sd=float(max(np.nanstd(honest_scales[i]) for i in members)),
+        means=means[stacks],
+        centre=float(means[members].mean()),
+        between_sd=policy.few_stacks_sd if few else float(means[members].std(ddof=1) * np.sqrt(1 + 1 / len(members))),
+        degrees=max(1, len(members) - 1),
+        shape_fisher=np.stack(
+            [mean_by_unit(shape_fisher(tops[i].residual, tops[i].reference), unit_of_row, n) for i in stacks]
+        ),
+        fisher=fisher - mean_z[:, :, None] + at_most[:, None, None],
+        fisher_mean=at_most,
+        fisher_sd=np.nanstd(fisher, axis=2).max(axis=1),
+        travelled_log_scales=travelled_x,
+        travelled_fisher=travelled_z,
+        farthest_fisher=farthest_z,
     )
 
 
-def _most_unlisted(bundle: Bundle, rows: NDArray[np.int64], reference_rows: Floats) -> Floats:
+def _most_unlisted(bundle: Bundle, rows: Ints, reference_rows: Floats) -> Floats:
     out = np.asarray(np.nanmin(reference_rows, axis=1))
     for i, row in enumerate(rows.tolist()):
         named = list(bundle.columns_of_row(row).values())
@@ -143,82 +332,3 @@ def _most_unlisted(bundle: Bundle, rows: NDArray[np.int64], reference_rows: Floa
         if nameless > 0:
             out[i] = max(out[i], float(np.log(nameless)))
     return out
-
-
-@dataclass(frozen=True)
-class Residuals:
-    """An endpoint's residuals, one row for each probe whose tokens are known, in the order of the draw.
-
-    Attributes
-    ----------
-    probe_columns : int array, shape (n,)
-        Column of each probe in the library's arrays.
-    endpoint_nats, reference_nats : float array, shape (n, k)
-        NaN where a list is shorter than k or a token is to be left out.
-    variant_nats : float array, shape (variants, n, k)
-        Each variant's difference from the reference at the endpoint's tokens.
-    unlisted_nats : float array, shape (n,)
-        By how much the likeliest token that the reference does not list exceeds all that it can have there; 0 if
-        it does not.
-    listed_share : float array
-        Share of the endpoint's tokens that stand in the reference's list, for every answer with logprobs.
-    agrees : bool array, shape (n,)
-        Whether the most likely token is the same.
-    asked : int
-        How many probes were asked, those without an answer or without logprobs included.
-    """
-
-    probe_columns: NDArray[np.int64]
-    endpoint_nats: Floats
-    reference_nats: Floats
-    variant_nats: Floats
-    unlisted_nats: Floats
-    listed_share: Floats
-    agrees: NDArray[np.bool_]
-    asked: int
-
-
-def residuals(library: Library, observations: list[Observation]) -> Residuals:
-    """Line an endpoint's top-k lists up with the reference's."""
-    bundle, k = library.bundle, library.top_k
-    column_of = {probe_id: i for i, probe_id in enumerate(library.probe_ids)}
-    usable = [
-        o for o in observations if o.top is not None and len(o.top) >= MIN_TOP_LOGPROBS and o.probe_id in column_of
-    ]
-    n = len(usable)
-    endpoint_nats = np.full((n, k), np.nan)
-    reference_nats = np.full((n, k), np.nan)
-    variant_nats = np.full((len(library.variants), n, k), np.nan)
-    unlisted = np.zeros(n)
-    listed = np.zeros(n)
-    agrees = np.zeros(n, np.bool_)
-    for i, observation in enumerate(usable):
-        assert observation.top is not None
-        row = column_of[observation.probe_id]
-        top = observation.top[:k]
-        columns_of_token = bundle.columns_of_row(bundle.row_index[observation.probe_id])
-        columns = np.array([columns_of_token.get(t.bytes_hex, -1) for t in top], np.int64)
-        values = np.array([t.logprob_nats for t in top], np.float64)
-        # A name that was guessed from the text may be misspelt: that it is unknown then says nothing.
-        most = np.inf if "bytes_absent" in observation.quirks else float(library.most_unlisted_nats[row])
-        stands = columns >= 0
-        endpoint_nats[i, : len(top)] = values
-        reference_nats[i, : len(top)] = reference_at(columns, values, library.reference_nats[row], most)
-        variant_nats[:, i, : len(top)] = np.where(stands, library.variant_differences_nats[:, row, columns], np.nan)
-        listed[i] = stands.mean()
-        if not stands.all() and np.isfinite(most):
-            unlisted[i] = max(0.0, float(values[~stands].max() - most))
-        # A reference row is ordered: its most likely token stands first.
-        agrees[i] = columns[0] == 0
-    # An answer of which too little is known has no residual; it counts for nothing but `listed_share`.
-    known = np.isfinite(centred_difference(endpoint_nats, reference_nats)).any(axis=1) | (unlisted > 0)
-    return Residuals(
-        probe_columns=np.array([column_of[o.probe_id] for o in usable], np.int64)[known],
-        endpoint_nats=endpoint_nats[known],
-        reference_nats=reference_nats[known],
-        variant_nats=variant_nats[:, known],
-        unlisted_nats=unlisted[known],
-        listed_share=listed,
-        agrees=agrees[known],
-        asked=len(observations),
-    )

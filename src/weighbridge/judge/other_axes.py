@@ -51,22 +51,22 @@ def check_route(case: Case) -> Finding:
 def check_share(case: Case) -> Finding:
     """For all requests, or for some: how many answers stand out."""
     evidence, policy = case.evidence, case.plan.policy
-    if evidence is None or case.library is None or evidence.log_scales.size < policy.min_answers:
+    if evidence is None or case.library is None or evidence.answers < policy.min_answers:
         return Finding(
             check="share",
             axis="share",
             outcome="not_supported",
             summary="Too few answers with logprobs to tell one from another",
         )
-    n = int(evidence.log_scales.size)
+    n = evidence.answers
     # Above everything that an honest stack is allowed on any probe of the pool.
-    most_honest = float(case.library.null_log_scales.max())
-    out = int((evidence.log_scales > most_honest).sum())
+    most_honest = float(evidence.null.log_scales.max())
+    out = int((evidence.features.log_scales > most_honest).sum())
     # A probe that came back without logprobs may have been answered by anything.
     silent = evidence.asked - n
     limit = share_upper_limit(out + silent, evidence.asked, CONFIDENCE)
     if differs_after(evidence, policy) is not None:
-        if is_mixed(evidence, policy):
+        if is_mixed(evidence):
             return Finding(
                 check="share", axis="share", outcome="inconsistent", cause="partial_routing", answers_used=n,
                 summary=f"Some of {n} answers are the reference's, {out} are further than {np.exp(most_honest):.2g} nats from it: something else answered some requests",
@@ -111,7 +111,11 @@ def check_usage(case: Case) -> Finding:
     if library is not None and evidence is not None and is_consistent(evidence, policy):
         index = library.bundle.probe_index
         counted = [
-            (o.prompt_tokens, int(library.bundle.prompt_tokens[0, index[o.probe_id]]))
+            (
+                o.prompt_tokens,
+                int(library.bundle.prompt_tokens[0, index[o.probe_id]])
+                - (library.bundle.answer_tokens(o.probe_id) if library.level == "L2" else 0),
+            )
             for o in case.answers
             if o.prompt_tokens is not None and o.probe_id in index
         ]

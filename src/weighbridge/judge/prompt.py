@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from weighbridge.judge.case import Case
-from weighbridge.judge.weights import differs_after, is_consistent, nearest
+from weighbridge.judge.weights import differs_after, explaining_rendering, is_consistent, nearest
 from weighbridge.records import Cause, Finding
 from weighbridge.reference.bundle import Bundle
 
@@ -26,7 +26,14 @@ def check_prompt(case: Case) -> Finding:
     official_by_logprobs = case.evidence is not None and is_consistent(case.evidence, case.plan.policy)
     departs = case.evidence is not None and differs_after(case.evidence, case.plan.policy) is not None
     # A recorded variant that leaves nothing over does so under the official prompt alone.
-    explained = departs and case.evidence is not None and nearest(case.evidence, case.plan.policy)[1]
+    explained = rendering = None
+    if departs and case.evidence is not None and case.library is not None:
+        explained = nearest(case.evidence, case.library, case.plan.policy)[1]
+        rendering = explaining_rendering(case.evidence, case.library, case.plan.policy)
+    if rendering is not None:
+        return _finding(
+            "inconsistent", f"The logprobs are those of {rendering.description}, whatever the token counts say", cause=rendering.departure
+        )  # fmt: skip
     counted = [o for o in case.answers if o.prompt_tokens is not None and o.probe_id in bundle.probe_index]
     if len(counted) < case.plan.policy.min_counted:
         if official_by_logprobs:
@@ -37,7 +44,10 @@ def check_prompt(case: Case) -> Finding:
         )  # fmt: skip
     counts = np.array([o.prompt_tokens for o in counted], np.int64)
     rows = np.array([bundle.probe_index[o.probe_id] for o in counted], np.int64)
-    offsets = counts - bundle.prompt_tokens[:, rows]
+    expected = bundle.prompt_tokens[:, rows]
+    if case.plan.level == "L2":  # the answer is generated, not sent
+        expected = expected - np.array([bundle.answer_tokens(o.probe_id) for o in counted], np.int64)
+    offsets = counts - expected
     matches = (offsets == 0).mean(axis=1)
     details: dict[str, Any] = {
         "counted": len(counted),

@@ -1,4 +1,4 @@
-"""How large an endpoint's residuals are, which way they point, and what that is evidence for (level L3).
+"""How large an endpoint's residuals are, which way they point, and what that is evidence for.
 
 Everything here is a number or an array; `weighbridge.judge.weights` puts it into words.
 """
@@ -8,10 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from weighbridge.judge.library import Library, Residuals
+from weighbridge.judge.answers import Residuals
+from weighbridge.judge.library import Library, Null, travels
 from weighbridge.records import Policy
-from weighbridge.stats.evidence import bounded_mean_process, bounded_score_process, mixture, tilted_score
-from weighbridge.stats.residuals import SMALLEST_SCALE_NATS, centred_difference, direction_cosine, log_scale
+from weighbridge.stats.evidence import bounded_score_process, mixture, tilted_score
+from weighbridge.stats.grid import grid_step
+from weighbridge.stats.residuals import (
+    SMALLEST_SCALE_NATS,
+    centred_difference,
+    fisher_cosine,
+    log_scale,
+    mean_by_unit,
+    shape_fisher,
+)
 
 Floats = NDArray[np.float64]
 
@@ -19,104 +28,149 @@ Floats = NDArray[np.float64]
 # smaller stake survives answers that look honest, as a mixture of two models gives them.
 SIZE_MULTIPLES = (1.35, 1.8, 3.0, 8.0)
 STAKES = (1.0, 0.25)
+STAKE_WEIGHTS = (0.8, 0.2)
+# Cosines at which bets on direction are placed: a departure that another engine's noise has blurred, and one that it has not.
+DIRECTION_COSINES = (0.5, 0.85)
 # Bets on direction are placed for variants that size finds slowly, those below this multiple of the null's scale.
 DIRECTION_UP_TO_MULTIPLE = 4.0
-DIRECTION_STAKE = 0.96
 # An honest endpoint is expected at these multiples of the null's scale when a departure is to be excluded.
 HONEST_MULTIPLES = (0.8, 0.3)
+# A departure is excluded by its direction where its cosine, blurred by the noisiest honest stack, would still be so large.
+EXCLUDABLE_COSINE = 0.45
+
+
+@dataclass(frozen=True)
+class Features:
+    """One number of each kind for each answer; n answers, W things in the bank. Leading axes are kept.
+
+    Attributes
+    ----------
+    log_scales : float array, shape (..., n)
+        x = log s of each answer.
+    fisher : float array, shape (W, ..., n)
+        Fisher transform of the cosine of each answer's residual with each one's; NaN where unknown.
+    shape : float array, shape (..., n)
+        The same with the reference's own shape: what a temperature changes.
+    """
+
+    log_scales: Floats
+    fisher: Floats
+    shape: Floats
 
 
 @dataclass(frozen=True)
 class WeightEvidence:
-    """The evidence on the weights after each answer; n answers, V variants.
+    """The evidence on the weights after each answer; n answers, V variants, W things in the bank (variants and renderings).
 
     Attributes
     ----------
-    log_scales : float array, shape (n,)
-        x = log s of each answer.
+    features : Features
+        What each answer comes to.
+    null : Null
+        What counts as honest for this endpoint's grid.
+    grid_nats : float
+        The grid that its logprobs lie on; 0 for none.
     log_size, log_direction, log_total : float array, shape (n,)
         Log e-processes against the honest library: by size, by direction, and their mean.
+    log_by_variant : float array, shape (W, n)
+        The part of `log_direction` that bets on each one; 0 where none is placed.
     log_exclusion : float array, shape (V, n)
-        Log e-process against "what is served is at least as far from the reference as this variant".
-    cosines : float array, shape (V, n)
-        Cosine of each answer's residual with each variant's.
-    log_remainder : float array, shape (V, n)
-        Log e-process by size of what is left once the variant's residual is subtracted.
+        Log e-process against "this variant is served, or something at least as far from the reference".
+    log_remainder : float array, shape (W, n)
+        Log e-process by size of what is left once that residual is subtracted.
     slope : float
         Least-squares slope of the endpoint's centred logprobs on the reference's, over all answers. A temperature
         T that was divided by shows as 1/T.
     log_after_slope : float array, shape (n,)
         Log e-process by size of what is left once that slope is taken out.
-    asked : int
-        How many probes were asked; those beyond n came back without usable logprobs.
+    pool : int
+        How many probes there are.
+    asked, repeated : int
+        How many probes were asked; those beyond n came back without usable logprobs, or repeated another answer.
     excludable : bool array, shape (V,)
-        Whether the variant stands clear of the null's floor, so that size can exclude it.
-    variant_scales_nats : float array, shape (V,)
-        ŝ of each variant over the pool.
+        Whether this level can exclude the variant, by its size or its direction.
     """
 
-    log_scales: Floats
+    features: Features
+    null: Null
+    grid_nats: float
     log_size: Floats
     log_direction: Floats
     log_total: Floats
+    log_by_variant: Floats
     log_exclusion: Floats
-    cosines: Floats
     log_remainder: Floats
     slope: float
     log_after_slope: Floats
+    pool: int
     asked: int
+    repeated: int
     excludable: NDArray[np.bool_]
-    variant_scales_nats: Floats
+
+    @property
+    def answers(self) -> int:
+        """How many answers count."""
+        return int(self.features.log_scales.size)
 
 
-def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvidence:
-    """Compute the evidence of all answers so far."""
-    n, variants = residuals.endpoint_nats.shape[0], len(library.variants)
+def weigh(library: Library, residuals: Residuals, policy: Policy) -> WeightEvidence | None:
+    """Compute the evidence of all answers so far; None where no honest stack has the endpoint's kind of grid."""
+    grid = grid_step(residuals.endpoint_nats)
+    null = library.null_for(grid)
+    if null is None:
+        return None
+    features = features_of(residuals)
     centred = centred_difference(residuals.endpoint_nats, residuals.reference_nats)
-    # Where hardly a token is known there is nothing to centre. That a token which the reference does not list is
-    # likely is a difference all the same, at least as large as its distance from the list's end.
-    by_unlisted = np.log(np.maximum(residuals.unlisted_nats, SMALLEST_SCALE_NATS))
-    log_scales = log_scale(centred)
-    log_scales = np.where(np.isfinite(log_scales), log_scales, by_unlisted)
-    log_size = _size_process(library, log_scales, policy)
-    cosines = direction_cosine(centred[None], residuals.variant_nats, residuals.reference_nats[None])
-    left = log_scale(
-        centred_difference(residuals.endpoint_nats[None], residuals.reference_nats[None] + residuals.variant_nats)
-    )
-    left = np.where(np.isfinite(left), left, by_unlisted)
-    log_remainder = np.array([_size_process(library, row, policy) for row in left])
-    log_remainder = log_remainder.reshape(variants, n)
-
     slope = _slope(centred, residuals.reference_nats)
-    tempered = log_scale(centred_difference(residuals.endpoint_nats, slope * residuals.reference_nats))
-    tempered = np.where(np.isfinite(tempered), tempered, by_unlisted)
-
-    pool_scales = np.exp(np.nanmean(library.variant_log_scales, axis=1)) if variants else np.zeros(0)
-    null_scale = float(np.exp(library.null_mean))
-    faint = [v for v in range(variants) if pool_scales[v] < DIRECTION_UP_TO_MULTIPLE * null_scale]
-    pool = len(library.probe_ids)
-    if faint:
-        bets = [
-            bounded_mean_process(cosines[v], library.null_cosines[library.variants[v].id], DIRECTION_STAKE, pool=pool)
-            for v in faint
-        ]
-        log_direction = mixture(np.array(bets))
-    else:
-        log_direction = np.zeros(n)
+    remainder = _scales(residuals, residuals.reference_nats[None] + residuals.bank_nats)
+    tempered = _scales(residuals, slope * residuals.reference_nats)
+    log_size, by_variant, log_direction = honest_processes(library, null, features, policy)
+    exclusion, excludable = exclusion_processes(library, null, features, policy)
     return WeightEvidence(
-        log_scales=log_scales,
+        features=features,
+        null=null,
+        grid_nats=grid,
         log_size=log_size,
         log_direction=log_direction,
         log_total=mixture(np.array([log_size, log_direction])),
-        log_exclusion=_exclusion(library, log_scales, policy),
-        cosines=cosines,
-        log_remainder=log_remainder,
+        log_by_variant=by_variant,
+        log_exclusion=exclusion,
+        log_remainder=size_process(null, remainder, policy),
         slope=slope,
-        log_after_slope=_size_process(library, tempered, policy),
+        log_after_slope=size_process(null, tempered, policy),
+        pool=len(library.probe_ids),
         asked=residuals.asked,
-        excludable=pool_scales > null_scale,
-        variant_scales_nats=pool_scales,
+        repeated=residuals.repeated,
+        excludable=excludable,
     )
+
+
+def features_of(residuals: Residuals) -> Features:
+    """What each answer comes to: its size, its cosines, and its cosine with the reference's own shape."""
+    unit, n = residuals.answer_of_row, residuals.answers
+    centred = centred_difference(residuals.endpoint_nats, residuals.reference_nats)
+    fisher = fisher_cosine(centred[None], residuals.bank_nats, residuals.reference_nats[None])
+    return Features(
+        log_scales=_scales(residuals, residuals.reference_nats),
+        fisher=mean_by_unit(fisher, unit, n),
+        shape=mean_by_unit(shape_fisher(centred, residuals.reference_nats), unit, n),
+    )
+
+
+def _scales(residuals: Residuals, expected_nats: Floats) -> Floats:
+    """Give x of each answer against what was expected; leading axes of `expected_nats` are kept."""
+    x = log_scale(centred_difference(residuals.endpoint_nats, expected_nats))
+    # Where hardly a token is known there is nothing to centre. That a token which the reference does not list is
+    # likely is a difference all the same, at least as large as its distance from the list's end.
+    by_unlisted = np.log(np.maximum(residuals.unlisted_nats, SMALLEST_SCALE_NATS))
+    return mean_by_unit(np.where(np.isfinite(x), x, by_unlisted), residuals.answer_of_row, residuals.answers)
+
+
+def honest_processes(library: Library, null: Null, features: Features, policy: Policy) -> tuple[Floats, Floats, Floats]:
+    """Log e-processes against the honest stacks: by size, by the direction of each thing in the bank, by direction at all."""
+    log_size = size_process(null, features.log_scales, policy)
+    by_variant, faint = direction_processes(library, null, features, policy)
+    return log_size, by_variant, mixture(by_variant[faint]) if faint.any() else np.zeros_like(log_size)
 
 
 def _slope(residual_nats: Floats, reference_nats: Floats) -> float:
@@ -129,33 +183,95 @@ def _slope(residual_nats: Floats, reference_nats: Floats) -> float:
     return 1.0 + (float((np.where(known, residual_nats, 0.0) * shape).sum()) / spread if spread > 0 else 0.0)
 
 
-def _size_process(library: Library, log_scales: Floats, policy: Policy) -> Floats:
-    processes = []
-    for multiple in SIZE_MULTIPLES:
-        alternative = library.null_mean + float(np.log(multiple))
-        scores = tilted_score(log_scales, library.null_mean, alternative, library.null_sd, policy.score_cap)
-        null = tilted_score(library.null_log_scales, library.null_mean, alternative, library.null_sd, policy.score_cap)
-        processes += [
-            bounded_score_process(scores, null, cap=policy.score_cap, outlier_share=policy.outlier_share, stake=stake)
-            for stake in STAKES
-        ]
-    return mixture(np.array(processes))
+def size_process(
+    null: Null, log_scales: Floats, policy: Policy, multiples: tuple[float, ...] = SIZE_MULTIPLES
+) -> Floats:
+    """Log e-process by size against the honest stacks; the last axis of `log_scales` is the order of the draw."""
+    processes, weights = [], []
+    for multiple in multiples:
+        alternative = null.mean + float(np.log(multiple))
+        scores = tilted_score(log_scales, null.mean, alternative, null.sd, policy.score_cap)
+        honest = tilted_score(null.log_scales, null.mean, alternative, null.sd, policy.score_cap)
+        for stake, weight in zip(STAKES, STAKE_WEIGHTS, strict=True):
+            processes.append(_bet(scores, honest, policy, stake))
+            weights.append(weight)
+    return mixture(np.array(processes), np.array(weights))
 
 
-def _exclusion(library: Library, log_scales: Floats, policy: Policy) -> Floats:
-    """For each variant: evidence that what is served is nearer to the reference than the variant is."""
-    out = np.zeros((len(library.variants), log_scales.size))
-    for v, scales in enumerate(library.variant_log_scales):
-        shifted = scales - np.log(policy.stack_margin)
-        mean = float(np.nanmean(shifted))
-        sd = max(float(np.nanstd(shifted)), library.null_sd)
+def direction_processes(
+    library: Library, null: Null, features: Features, policy: Policy
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Log e-process by direction for each thing in the bank, and for which of them bets are placed before any is named."""
+    out = np.zeros(features.fisher.shape)
+    for w, fisher in enumerate(features.fisher):
+        mean, sd = float(null.fisher_mean[w]), float(null.fisher_sd[w])
+        if not np.isfinite(mean) or sd <= 0:
+            continue
+        bets = []
+        for cosine in DIRECTION_COSINES:
+            alternative = max(float(np.arctanh(cosine)), mean + sd)
+            scores = tilted_score(fisher, mean, alternative, sd, policy.score_cap)
+            honest = tilted_score(null.fisher[w], mean, alternative, sd, policy.score_cap)
+            # A stack on which a probe's cosine is unknown may have had any.
+            bets.append(_bet(scores, np.where(np.isfinite(honest), honest, policy.score_cap), policy, 1.0))
+        out[w] = mixture(np.array(bets))
+    sizes = np.nanmean(library.variant_log_scales, axis=1)
+    faint = sizes < null.mean + np.log(DIRECTION_UP_TO_MULTIPLE)
+    faint[len(library.variants) :] = False  # a wrong prompt is a question of its own
+    return out, faint
+
+
+def sampling_process(null: Null, features: Features, policy: Policy) -> Floats:
+    """Log e-process for a distribution that is sharpened or flattened as a whole."""
+    means = np.nanmean(null.shape_fisher, axis=1)
+    sd = float(np.nanstd(null.shape_fisher, axis=1).max())
+    at_most = float(
+        np.arctanh(max(policy.direction_floor_cosine, np.tanh(np.abs(means).max()) + policy.direction_margin_cosine))
+    )
+    alternative = max(float(np.arctanh(DIRECTION_COSINES[1])), at_most + sd)
+    bets = []
+    for sign in (1.0, -1.0):
+        moved = sign * (null.shape_fisher - means[:, None]) + at_most
+        honest = tilted_score(moved, at_most, alternative, sd, policy.score_cap)
+        scores = tilted_score(sign * features.shape, at_most, alternative, sd, policy.score_cap)
+        bets.append(_bet(scores, np.where(np.isfinite(honest), honest, policy.score_cap), policy, 1.0))
+    return mixture(np.array(bets))
+
+
+def exclusion_processes(
+    library: Library, null: Null, features: Features, policy: Policy
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """For each variant: evidence that something nearer to the reference is served, and whether there can be any."""
+    variants = len(library.variants)
+    out = np.zeros((variants, *features.log_scales.shape))
+    excludable = np.zeros(variants, np.bool_)
+    for v, recorded in enumerate(library.variant_log_scales[:variants]):
         processes = []
-        for multiple in HONEST_MULTIPLES:
-            alternative = min(library.null_mean + float(np.log(multiple)), mean - 0.1)
-            scores = tilted_score(log_scales, mean, alternative, sd, policy.score_cap)
-            null = tilted_score(shifted[None, :], mean, alternative, sd, policy.score_cap)
-            processes.append(
-                bounded_score_process(scores, null, cap=policy.score_cap, outlier_share=policy.outlier_share, stake=1.0)
-            )
-        out[v] = mixture(np.array(processes))
-    return out
+        shifted = recorded - np.log(policy.stack_margin)
+        mean = float(np.nanmean(shifted))
+        if float(np.nanmean(recorded)) > null.mean:
+            sd = max(float(np.nanstd(shifted)), null.sd)
+            for multiple in HONEST_MULTIPLES:
+                nearer = min(null.mean + float(np.log(multiple)), mean - 0.1)
+                scores = tilted_score(features.log_scales, mean, nearer, sd, policy.score_cap)
+                processes.append(
+                    _bet(scores, tilted_score(shifted[None, :], mean, nearer, sd, policy.score_cap), policy, 1.0)
+                )
+        least = null.farthest_fisher[v]
+        if travels(library.variants[v]) and np.isfinite(least).any():
+            lowest = float(np.nanmean(least, axis=1).min())
+            if lowest >= np.arctanh(EXCLUDABLE_COSINE):
+                sd = max(float(np.nanstd(least, axis=1).max()), float(null.fisher_sd[v]))
+                scores = tilted_score(features.fisher[v], lowest, 0.0, sd, policy.score_cap)
+                served = tilted_score(least, lowest, 0.0, sd, policy.score_cap)
+                processes.append(_bet(scores, np.where(np.isfinite(served), served, policy.score_cap), policy, 1.0))
+        excludable[v] = bool(processes)
+        if processes:
+            out[v] = mixture(np.array(processes))
+    return out, excludable
+
+
+def _bet(scores: Floats, null_scores: Floats, policy: Policy, stake: float) -> Floats:
+    return bounded_score_process(
+        scores, null_scores, cap=policy.score_cap, outlier_share=policy.outlier_share, stake=stake
+    )

@@ -2,13 +2,15 @@
 
 from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, rounded, sha256_hex
+from weighbridge.judge.answers import line_up
 from weighbridge.judge.case import Case, Check
 from weighbridge.judge.faults import explain
-from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, residuals
+from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library
 from weighbridge.judge.other_axes import check_route, check_sampling, check_share, check_usage
 from weighbridge.judge.prompt import check_prompt
 from weighbridge.judge.sizes import weigh
 from weighbridge.judge.weights import (
+    answers_for_consistent,
     check_weights,
     differs_after,
     is_consistent,
@@ -37,8 +39,8 @@ def open_case(plan: Plan, capability: Capability, answers: list[Observation], li
     # Logprobs whose meaning is not known are evidence of nothing.
     if library is None or capability.top_logprobs < MIN_TOP_LOGPROBS or capability.temperature_regime == "other":
         return Case(plan, capability, answers, library, None, None)
-    lined_up = residuals(library, answers)
-    if lined_up.probe_columns.size == 0:
+    lined_up = line_up(library, answers)
+    if lined_up.answers == 0:
         return Case(plan, capability, answers, library, lined_up, None)
     return Case(plan, capability, answers, library, lined_up, weigh(library, lined_up, plan.policy))
 
@@ -52,7 +54,7 @@ def is_decided(case: Case) -> bool:
     if is_consistent(case.evidence, policy):
         return True
     if looks_like_temperature(case.evidence, policy):
-        return case.evidence.log_size.size >= policy.min_answers_consistent
+        return case.evidence.answers >= answers_for_consistent(case.evidence, policy)
     if differs_after(case.evidence, policy) is None or may_be_mixed(case.evidence, policy):
         return False
     # A wrong prompt is told from wrong weights by token counts, where the endpoint reports any.
@@ -94,6 +96,7 @@ def judge(
         verdict=word,
         cause=cause,
         exact_variant=weights.exact_variant if word == "differs" else None,
+        family=weights.family if word == "differs" else None,
         policy=case.plan.policy.id,
         axes=axes,
         not_excluded=weights.not_excluded,
@@ -125,6 +128,7 @@ def _weights_under_prompt(weights: Finding, prompt: Finding) -> Finding:
         update={
             "outcome": "inconclusive",
             "cause": None,
+            "family": None,
             "summary": f"{weights.summary}; but the prompt that was served is not known, so the weights are not judged",
             "to_resolve": "An endpoint that serves the official prompt, or the rendering that it serves in a bundle",
         }
@@ -178,10 +182,11 @@ def _error_rate(case: Case, word: VerdictWord) -> str:
     policy = case.plan.policy
     if word == "differs":
         families = case.library.families if case.library is not None else []
+        limit = case.evidence.null.limit_nats if case.evidence is not None else policy.null_scale_floor_nats
         return (
             f"If the endpoint were one of the honest stacks that the policy describes, evidence of this size would be reached at any time in at most 1 of {policy.differs_e_value:g} draws. "
             f"That bounds the error of the draw, not that of a kind of honest stack which the library lacks: it holds {len(families)} families ({', '.join(families)}), "
-            f"and no stack is held to less than {policy.null_scale_floor_nats:g} nats. A single night is not a replication."
+            f"and allows an endpoint like this one {limit:.2g} nats. A single night is not a replication."
         )
     if word == "consistent":
         return f"If one of the excluded departures were served, it would be excluded in at most 1 of {policy.consistent_e_value:g} draws."

@@ -1,4 +1,4 @@
-"""Are the weights the weights? Level L3: top-k logprobs on one token."""
+"""Are the weights the weights? Levels L1, L2 and L3: top-k logprobs."""
 
 from typing import Any
 
@@ -6,11 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighbridge.judge.case import Case
-from weighbridge.judge.library import MIN_TOP_LOGPROBS
+from weighbridge.judge.causes import weigh_causes
+from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, travels
 from weighbridge.judge.sizes import WeightEvidence
 from weighbridge.records import Cause, Effect, Finding, Policy
 from weighbridge.reference.bundle import StackRecord
 from weighbridge.stats.evidence import first_crossing
+from weighbridge.stats.grid import grid_step
+from weighbridge.stats.ladder import effective_bits
 from weighbridge.stats.residuals import mean_interval, scale_interval
 
 CONFIDENCE = 0.95
@@ -37,28 +40,33 @@ def looks_like_temperature(evidence: WeightEvidence, policy: Policy) -> bool:
 
 def differs_after(evidence: WeightEvidence, policy: Policy) -> int | None:
     """After how many answers the honest library is rejected, or None."""
-    if evidence.log_total.size < policy.min_answers or looks_like_temperature(evidence, policy):
+    if evidence.answers < policy.min_answers or looks_like_temperature(evidence, policy):
         return None
     reached = first_crossing(evidence.log_total, policy.differs_e_value)
     return None if reached is None else max(reached, policy.min_answers)
 
 
 def excluded_variants(evidence: WeightEvidence, policy: Policy) -> list[bool]:
-    """For each variant, whether it is excluded: by size, and only where size can speak of it."""
+    """For each variant, whether it is excluded: by size or by direction, and only where one of them can speak of it."""
     return [
         bool(can) and first_crossing(process, policy.consistent_e_value) is not None
         for can, process in zip(evidence.excludable, evidence.log_exclusion, strict=True)
     ]
 
 
+def answers_for_consistent(evidence: WeightEvidence, policy: Policy) -> int:
+    """How many answers `consistent` takes at least: what the policy says, or the whole pool where it is smaller."""
+    return min(policy.min_answers_consistent, evidence.pool)
+
+
 def is_consistent(evidence: WeightEvidence, policy: Policy) -> bool:
-    """Whether every departure that size can speak of is excluded, and the library is not rejected.
+    """Whether every departure that this level can speak of is excluded, and the library is not rejected.
 
     Every stack of the library has answered every probe, so an endpoint that leaves many out is not consistent.
     """
-    if evidence.log_total.size < ANSWERED_SHARE * evidence.asked or looks_like_temperature(evidence, policy):
+    if evidence.answers < ANSWERED_SHARE * evidence.asked or looks_like_temperature(evidence, policy):
         return False
-    if evidence.log_total.size < policy.min_answers_consistent or not evidence.excludable.any():
+    if evidence.answers < answers_for_consistent(evidence, policy) or not evidence.excludable.any():
         return False
     excluded = excluded_variants(evidence, policy)
     return (
@@ -68,38 +76,52 @@ def is_consistent(evidence: WeightEvidence, policy: Policy) -> bool:
 
 
 def mean_cosines(evidence: WeightEvidence) -> NDArray[np.float64]:
-    """Mean cosine with each variant; 0 where no answer has one."""
-    known = np.isfinite(evidence.cosines)
-    return np.asarray(np.where(known, evidence.cosines, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1))
+    """Mean cosine with each thing in the bank, by the Fisher transform; 0 where no answer has one."""
+    fisher = evidence.features.fisher
+    known = np.isfinite(fisher)
+    return np.asarray(np.tanh(np.where(known, fisher, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)))
 
 
-def nearest(evidence: WeightEvidence, policy: Policy) -> tuple[int, bool, bool]:
+def nearest(evidence: WeightEvidence, library: Library, policy: Policy) -> tuple[int, bool, bool]:
     """The variant with the largest mean cosine; whether it is exactly named; whether its family is.
 
     Exactly: the mean cosine is large enough and nothing that an honest stack would not have is left once the
     variant's residual is subtracted. Its family: the whole interval of the mean is, since few answers point anywhere.
     """
-    means = mean_cosines(evidence)
-    best = int(np.argmax(means))
-    honest_remainder = bool(evidence.log_remainder[best].max() < np.log(policy.differs_e_value))
-    exact = means[best] >= policy.exact_name_cosine and honest_remainder
-    family = _cosine_interval(evidence.cosines[best])[1] >= policy.family_cosine
-    return best, bool(exact), bool(family)
+    best = int(np.argmax(mean_cosines(evidence)[: len(library.variants)]))
+    family = _cosine_interval(evidence, best)[1] >= policy.family_cosine
+    return best, _explains(evidence, best, policy), bool(family)
 
 
-def is_mixed(evidence: WeightEvidence, policy: Policy) -> bool:
-    """Whether some answers are well inside the floor and some well outside it, at least two of each kind."""
-    floor = np.log(policy.null_scale_floor_nats)
-    inside = int((evidence.log_scales < floor - np.log(1.5)).sum())
-    outside = int((evidence.log_scales > floor + np.log(2)).sum())
-    return inside >= max(2, HONEST_LOOKING_SHARE * evidence.log_scales.size) and outside >= 2
+def explaining_rendering(evidence: WeightEvidence, library: Library, policy: Policy) -> StackRecord | None:
+    """The other rendering of the prompt under which the original weights say just this, where there is one."""
+    if not library.renderings:
+        return None
+    best = int(np.argmax(mean_cosines(evidence)))
+    first = len(library.variants)
+    return library.renderings[best - first] if best >= first and _explains(evidence, best, policy) else None
+
+
+def _explains(evidence: WeightEvidence, index: int, policy: Policy) -> bool:
+    honest_remainder = evidence.log_remainder[index].max() < np.log(policy.differs_e_value)
+    return bool(honest_remainder and mean_cosines(evidence)[index] >= policy.exact_name_cosine)
+
+
+def is_mixed(evidence: WeightEvidence) -> bool:
+    """Whether some answers are well inside the honest limit and some well outside it, at least two of each kind."""
+    inside, outside = _sides(evidence)
+    return inside >= max(2, HONEST_LOOKING_SHARE * evidence.answers) and outside >= 2
 
 
 def may_be_mixed(evidence: WeightEvidence, policy: Policy) -> bool:
-    """Whether some answer is well inside the floor although others are well outside it: more of them would tell."""
-    floor = np.log(policy.null_scale_floor_nats)
-    inside, outside = evidence.log_scales < floor - np.log(1.5), evidence.log_scales > floor + np.log(2)
-    return bool(inside.any() and outside.any() and evidence.log_scales.size < policy.min_answers_consistent)
+    """Whether some answer is well inside the honest limit although others are well outside it: more of them would tell."""
+    inside, outside = _sides(evidence)
+    return inside > 0 and outside > 0 and evidence.answers < answers_for_consistent(evidence, policy)
+
+
+def _sides(evidence: WeightEvidence) -> tuple[int, int]:
+    limit, x = evidence.null.mean, evidence.features.log_scales
+    return int((x < limit - np.log(1.5)).sum()), int((x > limit + np.log(2)).sum())
 
 
 def check_weights(case: Case) -> Finding:
@@ -144,12 +166,20 @@ def check_weights(case: Case) -> Finding:
             to_resolve="Ask the host what its logprobs mean",
         )  # fmt: skip
     evidence, library, policy = case.evidence, case.library, case.plan.policy
-    if evidence is None or library is None or evidence.log_scales.size < policy.min_answers:
-        used = 0 if evidence is None else int(evidence.log_scales.size)
+    if library is not None and evidence is None and case.residuals is not None and case.residuals.answers:
+        return Finding(
+            check="weights", axis="weights", outcome="inconclusive", answers_used=case.residuals.answers,
+            summary=f"The logprobs lie on a grid of {grid_step(case.residuals.endpoint_nats):g} nats, as those of no recorded honest stack do",
+            to_resolve="Record an honest stack that keeps its logits in that type, or ask the host for logprobs in full precision",
+        )  # fmt: skip
+    if evidence is None or library is None or evidence.answers < policy.min_answers:
+        used = 0 if evidence is None else evidence.answers
+        repeated = 0 if case.residuals is None else case.residuals.repeated
         return Finding(
             check="weights", axis="weights", outcome="inconclusive", answers_used=used,
-            summary=f"Only {used} answers with logprobs; at least {policy.min_answers} are needed",
-            to_resolve="Run the audit again with a larger --max-requests",
+            summary=f"Only {used} answers with logprobs; at least {policy.min_answers} are needed"
+            + (f"; {repeated} more repeat, digit by digit, what was answered to another prompt, and count once" if repeated else ""),
+            to_resolve="Ask the host why different prompts get the same answer" if repeated else "Run the audit again with a larger --max-requests",
         )  # fmt: skip
     return _judged(case, evidence)
 
@@ -157,10 +187,12 @@ def check_weights(case: Case) -> Finding:
 def _judged(case: Case, evidence: WeightEvidence) -> Finding:
     library, policy = case.library, case.plan.policy
     assert library is not None
-    assert case.residuals is not None
-    n = int(evidence.log_scales.size)
-    noise, low, high = scale_interval(evidence.log_scales, CONFIDENCE)
+    n = evidence.answers
+    noise, low, high = scale_interval(evidence.features.log_scales, CONFIDENCE)
     effects = [Effect(name="effective noise", value=noise, low=low, high=high, unit="nats", confidence=CONFIDENCE)]
+    bits = effective_precision(library, evidence, CONFIDENCE)
+    if bits is not None:
+        effects.append(bits)
     excluded = excluded_variants(evidence, policy)
     # One departure may be recorded on several engines; it is excluded where each of its recordings is.
     names = list(dict.fromkeys(name_of(v) for v in library.variants))
@@ -175,9 +207,18 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
         "details": _details(case, evidence, noise, low, high),
     }
     if differs_after(evidence, policy) is not None:
-        best, exact, family = nearest(evidence, policy)
+        rendering = explaining_rendering(evidence, library, policy)
+        best, exact, family = nearest(evidence, library, policy)
+        # What is served is known to be something else, so there is nothing left to exclude.
+        common |= {"excluded": [], "not_excluded": []}
+        if rendering is not None:
+            return Finding(
+                **common, effects=effects, outcome="inconclusive",
+                summary=f"The logprobs are {noise:.3g} nats from the reference's, and those of {rendering.description}: the prompt explains them, so nothing is said of the weights",
+                to_resolve="Ask the host to serve the official chat template",
+            )  # fmt: skip
         variant = library.variants[best]
-        cosine, cosine_low, cosine_high = _cosine_interval(evidence.cosines[best])
+        cosine, cosine_low, cosine_high = _cosine_interval(evidence, best)
         effects.append(
             Effect(
                 name=f"cosine with {variant.id}",
@@ -190,27 +231,30 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
         )
         nearby = f"the residual points at {variant.id} (cosine {cosine:.2f})"
         cause: Cause | None
-        if is_mixed(evidence, policy):
+        if is_mixed(evidence):
             cause, text = "partial_routing", "some answers are the reference's and some are not; " + nearby
         elif exact:
             cause, text = variant.departure, f"{nearby} and nothing else is left: {variant.description}"
         elif family:
-            cause, text = variant.departure, f"{nearby}, but not only at it"
+            cause, text = variant.departure, f"{nearby}, but not only at it: of the family {variant.departure_class}"
         else:
             cause, text = (
                 "none_of_these",
                 f"it points at none of the {len(library.variants)} recorded variants (largest cosine {cosine:.2f}, {variant.id})",
             )
-        # What is served is known to be something else, so there is nothing left to exclude.
-        common |= {"excluded": [], "not_excluded": []}
+        like = (
+            f", as a rounding to about {bits.value:.1f} bits a weight makes on this model" if bits is not None else ""
+        )
+        named = exact and cause != "partial_routing"
         return Finding(
-            **common, effects=effects, outcome="inconsistent", cause=cause, exact_variant=name_of(variant) if exact and cause != "partial_routing" else None,
-            summary=f"The logprobs differ from every honest stack by {noise:.3g} nats (95 % interval {low:.3g} to {high:.3g}); {text}",
+            **common, effects=effects, outcome="inconsistent", cause=cause, exact_variant=name_of(variant) if named else None,
+            family=variant.departure_class if cause == variant.departure else None,
+            summary=f"The logprobs differ from every honest stack by {noise:.3g} nats (95 % interval {low:.3g} to {high:.3g}{like}); {text}",
         )  # fmt: skip
     if is_consistent(evidence, policy):
         return Finding(
             **common, effects=effects, outcome="consistent",
-            summary=f"The logprobs are the reference's within {noise:.2g} nats (95 % interval {low:.2g} to {high:.2g}); honest stacks are allowed {policy.null_scale_floor_nats:g}",
+            summary=f"The logprobs are the reference's within {noise:.2g} nats (95 % interval {low:.2g} to {high:.2g}); honest stacks are allowed {evidence.null.limit_nats:.2g}",
         )  # fmt: skip
     if looks_like_temperature(evidence, policy):
         return Finding(
@@ -221,8 +265,8 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
     if n < ANSWERED_SHARE * evidence.asked:
         return Finding(
             **common, effects=effects, outcome="inconclusive",
-            summary=f"Only {n} of {evidence.asked} probes came back with usable logprobs; what is left out may be what would tell",
-            to_resolve="Ask the host why some answers carry no logprobs",
+            summary=f"Only {n} of {evidence.asked} probes came back with usable logprobs that do not repeat another answer; what is left out may be what would tell",
+            to_resolve="Ask the host why some answers carry no logprobs, or are the same for different prompts",
         )  # fmt: skip
     return Finding(
         **common, effects=effects, outcome="inconclusive",
@@ -231,9 +275,36 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
     )  # fmt: skip
 
 
-def _cosine_interval(cosines: NDArray[np.float64]) -> tuple[float, float, float]:
-    known = cosines[np.isfinite(cosines)]
-    return mean_interval(known, CONFIDENCE) if known.size else (0.0, 0.0, 0.0)
+def effective_precision(library: Library, evidence: WeightEvidence, confidence: float) -> Effect | None:
+    """To how many bits a weight the size of the residual corresponds, on the ladder of this model's measured roundings.
+
+    None where it is outside the ladder: an honest stack's noise is.
+    """
+    rungs = [
+        (v.bits_held, float(np.nanmean(scales)))
+        for v, scales in zip(library.variants, library.variant_log_scales, strict=False)
+        if v.departure == "precision" and v.bits_held is not None and travels(v)
+    ]
+    if len(rungs) < 2:
+        return None
+    bits, ladder = np.array(rungs).T
+    limits = np.array(scale_interval(evidence.features.log_scales, confidence))
+    # The arithmetic's own noise comes on top of a rounding's: what is typical of this grid is taken off.
+    own = np.exp(evidence.null.centre)
+    value, high, low = effective_bits(np.log(np.sqrt(np.maximum(limits**2 - own**2, 1e-8))), bits, ladder)
+    if not np.isfinite(value):
+        return None
+    return Effect(
+        name="effective precision", value=float(value), unit="bits a weight", confidence=confidence,
+        low=float(low) if np.isfinite(low) else None, high=float(high) if np.isfinite(high) else None,
+    )  # fmt: skip
+
+
+def _cosine_interval(evidence: WeightEvidence, index: int) -> tuple[float, float, float]:
+    fisher = evidence.features.fisher[index]
+    known = fisher[np.isfinite(fisher)]
+    value, low, high = np.tanh(mean_interval(known, CONFIDENCE)) if known.size else (0.0, 0.0, 0.0)
+    return float(value), float(low), float(high)
 
 
 def _more_needed(evidence: WeightEvidence, policy: Policy, n: int) -> str:
@@ -245,7 +316,9 @@ def _more_needed(evidence: WeightEvidence, policy: Policy, n: int) -> str:
         (p[-1] for p, can in zip(evidence.log_exclusion, evidence.excludable, strict=True) if can), default=0.0
     )
     if weakest > 0:
-        needed.append(max(n * (np.log(policy.consistent_e_value) / weakest - 1), policy.min_answers_consistent - n))
+        needed.append(
+            max(n * (np.log(policy.consistent_e_value) / weakest - 1), answers_for_consistent(evidence, policy) - n)
+        )
     if not needed:
         return "More one-token answers of this kind would not decide it; this level cannot resolve it"
     return f"About {max(1, int(np.ceil(min(needed))))} more one-token requests, if the evidence goes on as it came"
@@ -253,7 +326,7 @@ def _more_needed(evidence: WeightEvidence, policy: Policy, n: int) -> str:
 
 def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, high: float) -> dict[str, Any]:
     """What the report draws: the ladder of recorded stacks, the directions, and the course of the evidence."""
-    library, residuals = case.library, case.residuals
+    library, residuals, null, policy = case.library, case.residuals, evidence.null, case.plan.policy
     assert library is not None
     assert residuals is not None
     ladder = []
@@ -261,7 +334,7 @@ def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, hig
         (library.honest, library.honest_log_scales, True),
         (library.variants, library.variant_log_scales, False),
     ):
-        for stack, row in zip(stacks, scales, strict=True):
+        for stack, row in zip(stacks, scales, strict=False):
             values = row[np.isfinite(row)]
             ladder.append({
                 "stack": stack.id, "honest": honest, "departure": stack.departure, "bits_held": stack.bits_held,
@@ -269,14 +342,14 @@ def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, hig
                 "p05_nats": float(np.exp(np.quantile(values, 0.05))), "p95_nats": float(np.exp(np.quantile(values, 0.95))),
             })  # fmt: skip
     directions = []
-    for variant, cosines in zip(library.variants, evidence.cosines, strict=True):
-        mean, below, above = _cosine_interval(cosines)
+    for index, stack in enumerate(library.bank):
+        mean, below, above = _cosine_interval(evidence, index)
         directions.append({
-            "variant": variant.id, "cosine": mean, "low": below, "high": above, "honest_at_most": library.null_cosines[variant.id],
+            "variant": stack.id, "cosine": mean, "low": below, "high": above, "honest_at_most": float(np.tanh(null.fisher_mean[index])),
         })  # fmt: skip
     return {
         "endpoint_noise_nats": {"value": noise, "low": low, "high": high},
-        "null_scale_nats": float(np.exp(library.null_mean)),
+        "null_scale_nats": null.limit_nats,
         "ladder": sorted(ladder, key=lambda row: float(row["noise_nats"])),
         "directions": directions,
         "course": [
@@ -287,10 +360,18 @@ def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, hig
                 "noise_nats": float(np.exp(x)),
             }
             for s, d, t, x in zip(
-                evidence.log_size, evidence.log_direction, evidence.log_total, evidence.log_scales, strict=True
+                evidence.log_size, evidence.log_direction, evidence.log_total, evidence.features.log_scales, strict=True
             )
         ],
         "same_first_token_share": float(residuals.agrees.mean()),
         "top_logprobs_used": library.top_k,
         "honest_families": library.families,
+        "logprobs_mean": {
+            "temperature": case.capability.temperature_regime,
+            "slope_on_reference": evidence.slope,
+            "grid_nats": evidence.grid_nats,
+            "truncated_to": library.top_k,
+            "honest_stacks_on_that_grid": [library.honest[i].id for i in null.stacks],
+        },
+        "causes": [row.model_dump(mode="json") for row in weigh_causes(library, evidence, policy)],
     }

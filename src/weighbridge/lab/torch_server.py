@@ -78,6 +78,8 @@ class _Request(Sampling):
 
 class _ChatRequest(_Request):
     messages: list[Message] = Field(min_length=1)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0)
 
@@ -132,7 +134,9 @@ class _Service:
             raise _RefusedError("top_logprobs needs logprobs")
         if asked.max_tokens == 0:
             raise _RefusedError("max_tokens must be at least 1")
-        prompt = self._tokens(asked.messages)
+        if asked.continue_final_message == asked.add_generation_prompt:
+            raise _RefusedError("set one of add_generation_prompt and continue_final_message")
+        prompt = self._tokens(asked.messages, continued=asked.continue_final_message)
         inside, answers = self._answers(prompt, asked, asked.top_logprobs, asked.prompt_logprobs)
         document = self._document("chat.completion", prompt, answers)
         for choice, answer in zip(document["choices"], answers, strict=True):
@@ -170,12 +174,14 @@ class _Service:
             choice |= self._prompt_logprobs(inside, asked)
         return document
 
-    def _tokens(self, prompt: str | list[int] | list[Message]) -> list[int]:
-        """Token ids of a text, of a conversation up to the assistant's turn, or as given."""
+    def _tokens(self, prompt: str | list[int] | list[Message], *, continued: bool = False) -> list[int]:
+        """Token ids of a text, of a conversation up to the assistant's turn (or into it), or as given."""
         if isinstance(prompt, list) and isinstance(prompt[0] if prompt else None, Message):
             messages = [message.model_dump() for message in prompt if isinstance(message, Message)]
             try:
+                last = messages.pop()["content"] if continued else ""
                 prompt = self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+                prompt += last
             except TemplateError as error:
                 raise _RefusedError(f"the chat template refuses this conversation ({error})") from None
         if isinstance(prompt, str):

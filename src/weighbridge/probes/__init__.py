@@ -16,12 +16,13 @@ from weighbridge.errors import ConfigurationError
 from weighbridge.paths import data_path
 from weighbridge.records import PoolIdentity, Probe, Record, checked, read_toml
 
-# Of evidence: L1 forced text, L3 top-k on one token, L4 text at temperature 0, L5 text at another temperature;
+# Of evidence: L1 forced text, L2 top-k on the tokens of a short answer, L3 top-k on one token, L4 text at temperature 0, L5 text at another temperature;
 # "long" is L3 on prompts of more than 1,000 tokens.
-Level = Literal["L1", "L3", "L4", "L5", "long"]
+Level = Literal["L1", "L2", "L3", "L4", "L5", "long"]
 
 FAMILIES: dict[Level, str] = {
     "L1": "forced texts",
+    "L2": "chat probes with the reference's own likeliest answer",
     "L3": "one-token chat probes",
     "L4": "one-token chat probes with a narrow lead of the likeliest token",
     "L5": "short answers of high entropy",
@@ -108,6 +109,7 @@ def write_pool(
     visibility: str,
     motivation: str,
     version: int = 1,
+    score_every: int = 1,
 ) -> Pool:
     """Write a pool's two files and read them back.
 
@@ -120,8 +122,8 @@ def write_pool(
         raise ConfigurationError(f"{folder} already holds a pool", "Choose another folder; a pool is never overwritten")
     description = {
         "schema": "weighbridge/pool/2", "id": pool_id, "version": version, "level": level, "lifecycle": "stable",
-        "visibility": visibility, "family": FAMILIES[level], "motivation": motivation,
-        "cost": "one request and one completion token for each probe",
+        "visibility": visibility, "family": FAMILIES[level], "motivation": motivation, "score_every": score_every,
+        "cost": "one request for each probe, and as many completion tokens as its answer" if level == "L2" else "one request and one completion token for each probe",
         "needs": "chat completions" if level in ("L4", "L5") else "chat completions with logprobs", "licence": "Apache-2.0",
     }  # fmt: skip
     checked(PoolDescription, description, str(folder / "pool.toml"))

@@ -204,18 +204,42 @@ class Bundle:
         """The pool for a level of evidence, or None."""
         return next((pool for pool in self.manifest.pools if pool.level == level), None)
 
-    @cached_property
+    @property
     def usable_probe_ids(self) -> list[str]:
-        """Probes of the one-token pool on which every stack that is judged has answered with tokens that the reference knows."""
+        """The usable probes of the one-token pool."""
         pool = self.pool_at("L3")
-        if pool is None:
-            return []
+        return [] if pool is None else self.usable_probes(pool)
+
+    def answer_tokens(self, probe_id: str) -> int:
+        """How many tokens of a probe's prompt are its forced text."""
+        probe = self.probe_index[probe_id]
+        asked = int(self.row_position[self.row_index[probe_id]]) + 1
+        return int(self.prompt_offsets[probe + 1] - self.prompt_offsets[probe]) - asked
+
+    def scored_tokens(self, probe_id: str) -> int:
+        """How many tokens of a forced text reach its last scored position."""
+        rows = self.row_position[self.row_probe == self.probe_index[probe_id]]
+        return int(rows.max() - rows.min()) + 1
+
+    def usable_probes(self, pool: PoolRecord) -> list[str]:
+        """Probes of a pool on which every stack that is judged has answered with tokens that the reference knows."""
+        if pool.id not in self._usable:
+            self._usable[pool.id] = self._find_usable(pool)
+        return list(self._usable[pool.id])
+
+    @cached_property
+    def _usable(self) -> dict[str, list[str]]:
+        return {}
+
+    def _find_usable(self, pool: PoolRecord) -> list[str]:
         # A wrong prompt has other likely tokens, which says nothing of the probe.
         asked = [i for i, s in enumerate(self.manifest.stacks) if pool.id in s.pools and s.is_judged]
-        names = [self.manifest.probe_ids[i] for i in pool.probes]
-        rows = np.array([self.row_index[name] for name in names], np.int64)
-        answered = np.all(np.isfinite(self.logprobs_nats[asked][:, rows, :20]).sum(axis=2) >= 4, axis=0)
-        return [name for name, whole in zip(names, answered, strict=True) if whole]
+        usable = []
+        for probe in pool.probes:
+            rows = np.flatnonzero(self.row_probe == probe)
+            if (np.isfinite(self.logprobs_nats[asked][:, rows, :20]).sum(axis=2) >= 4).all():
+                usable.append(self.manifest.probe_ids[probe])
+        return usable
 
     def columns_of_row(self, row: int) -> dict[str, int]:
         """Column of each token (its bytes in hexadecimal digits); bytes that two tokens share are left out."""
@@ -351,11 +375,13 @@ def incomplete(stacks: list[tuple[str, bool]], reference_stack: str) -> str | No
     return None
 
 
-def unfit_to_judge(bundle: Bundle) -> str | None:
-    """Why no endpoint can be judged against a bundle, or None: what counts was recorded on the one-token pool."""
-    pool, manifest = bundle.pool_at("L3"), bundle.manifest
+def unfit_to_judge(bundle: Bundle, level: Level = "L3") -> str | None:
+    """Why no endpoint can be judged against a bundle at a level, or None: what counts was recorded on that level's pool."""
+    pool, manifest = bundle.pool_at(level), bundle.manifest
     if pool is None:
-        return "it holds no one-token pool"
+        return "it holds no one-token pool" if level == "L3" else f"it holds no pool for level {level}"
+    if not bundle.usable_probes(pool):
+        return f"its pool {pool.id} holds no probe that every stack has answered"
     recorded = [(s.id, s.departure is None) for s in manifest.stacks if pool.id in s.pools and s.is_judged]
     return incomplete(recorded, manifest.reference_stack)
 

@@ -32,7 +32,8 @@ class LocalSetting(Record):
 
     ``weights`` names a rounding of the matrices inside the model's blocks; ``activations`` rounds what goes into
     them, token by token; ``kv_cache`` rounds keys and values as they are stored. ``module_outputs`` and ``logits``
-    emulate an engine that keeps these in 16 bits while the arithmetic inside is wider.
+    emulate an engine that keeps these in 16 bits while the arithmetic inside is wider; ``logits = "float32"`` runs
+    the output head in 32 bits behind blocks of a narrower type, as some engines do.
     """
 
     dtype: Dtype = "float32"
@@ -40,7 +41,7 @@ class LocalSetting(Record):
     activations: Activations | None = None
     kv_cache: KVCache | None = None
     module_outputs: Literal["bfloat16"] | None = None
-    logits: Literal["bfloat16"] | None = None
+    logits: Literal["bfloat16", "float32"] | None = None
     remove_blocks: list[int] = Field(default_factory=list, description="blocks left out, counted from 0: another model")
     batch: int = Field(default=16, ge=1, le=4096, description="prompts of one forward pass")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; all by default")
@@ -317,8 +318,15 @@ def _depart(model: Any, setting: LocalSetting) -> None:
             leaf = not any(True for _ in module.children()) and any(True for _ in module.parameters())
             if leaf and module is not model.get_output_embeddings():
                 module.register_forward_hook(lambda _, __, out: _bfloat16(out))
-    if setting.logits is not None:
+    if setting.logits == "bfloat16":
         model.get_output_embeddings().register_forward_hook(lambda _, __, out: _bfloat16(out))
+    elif setting.logits == "float32":
+        narrow = model.get_output_embeddings()
+        wide = torch.nn.Linear(narrow.in_features, narrow.out_features, bias=narrow.bias is not None, device="meta")
+        wide.to_empty(device=narrow.weight.device)
+        wide.load_state_dict(narrow.state_dict())
+        wide.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
+        model.set_output_embeddings(wide)
 
 
 def _bfloat16(values: "torch.Tensor") -> "torch.Tensor":

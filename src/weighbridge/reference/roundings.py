@@ -100,6 +100,14 @@ def _asymmetric(bits: int, group: int) -> Rounding:
     )
 
 
+def _per_tensor(rounding: Rounding) -> Rounding:
+    """The same rounding with one scale for a whole matrix."""
+    return Rounding(
+        f"{rounding.name}-tensor", rounding.code_bits, None, 0,
+        lambda values: rounding.apply(values.reshape(1, -1)).reshape(values.shape),
+    )  # fmt: skip
+
+
 def _nearest(scaled: Matrix, levels: Matrix) -> Matrix:
     return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, scaled)]
 
@@ -130,11 +138,17 @@ def _e4m3(values: Matrix) -> Matrix:
 
 
 _GROUPS = (32, 64, 128)
+_INT8, _FP8 = _symmetric(8, None), Rounding("fp8-e4m3", 8, None, 16, _e4m3)
 WEIGHT_ROUNDINGS: dict[str, Rounding] = {
     rounding.name: rounding
     for rounding in (
-        _symmetric(8, None),
-        Rounding("fp8-e4m3", 8, None, 16, _e4m3),
+        _INT8,
+        _per_tensor(_INT8),
+        _symmetric(8, 32),  # the grid of llama.cpp's Q8_0
+        _FP8,
+        _per_tensor(_FP8),
+        _symmetric(6, 64),
+        _symmetric(5, 64),
         *(_symmetric(4, group) for group in _GROUPS),
         *(_asymmetric(4, group) for group in _GROUPS),
         *(_nf4(group) for group in _GROUPS),

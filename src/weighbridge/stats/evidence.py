@@ -7,6 +7,9 @@ The randomness that these use is ours: the order in which the pool's probes are 
 that bounds the mean over the whole pool therefore bounds, after some probes, the mean over those that are left: what
 is still allowed is the bound less what has been seen, spread over the rest (Waudby-Smith and Ramdas 2020, NeurIPS,
 "Confidence sequences for sampling without replacement").
+
+Every process bets with a bounded score of one number for each probe: the log of a residual's size, or the Fisher transform of
+its cosine with a recorded departure.
 """
 
 import numpy as np
@@ -15,8 +18,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-def tilted_score(log_scales: Floats, null_mean: float, alternative_mean: float, sd: float, cap: float) -> Floats:
-    """A monotone score of x = log s: the normal likelihood ratio of two means, capped.
+def tilted_score(values: Floats, null_mean: float, alternative_mean: float, sd: float, cap: float) -> Floats:
+    """A monotone score of one number for each probe: the normal likelihood ratio of two means, capped.
 
     Increasing in x where the alternative's mean is the larger, decreasing where it is the smaller.
 
@@ -26,7 +29,7 @@ def tilted_score(log_scales: Floats, null_mean: float, alternative_mean: float, 
         Between 0 and `cap`.
     """
     slope = (alternative_mean - null_mean) / sd**2
-    exponent = slope * (log_scales - (alternative_mean + null_mean) / 2)
+    exponent = slope * (values - (alternative_mean + null_mean) / 2)
     return np.asarray(np.exp(np.minimum(exponent, np.log(cap))))
 
 
@@ -40,9 +43,9 @@ def bounded_score_process(
 
     Parameters
     ----------
-    scores : float array, shape (n,)
-        The endpoint's scores in [0, cap], in the order of the draw; NaN where a probe has no answer, which moves
-        nothing.
+    scores : float array, shape (..., n)
+        The endpoint's scores in [0, cap], in the order of the draw (of several draws at once, where there are leading axes);
+        NaN where a probe has no answer, which moves nothing.
     null_scores : float array, shape (stacks, pool)
         The same score of every null stack on every probe of the pool.
     cap : float
@@ -55,44 +58,18 @@ def bounded_score_process(
 
     Returns
     -------
-    float array, shape (n,)
+    float array, shape (..., n)
     """
     limit = (1 - outlier_share) * float(null_scores.mean(axis=1).max()) + outlier_share * cap
     expected = np.maximum(_mean_left(limit, np.nan_to_num(scores, nan=0.0), null_scores.shape[1]), outlier_share * cap)
     factors = 1 - stake + stake * scores / np.maximum(expected, 1e-12)
-    return np.asarray(np.cumsum(np.where(np.isfinite(factors), np.log(np.maximum(factors, 1e-300)), 0.0)))
-
-
-def bounded_mean_process(values: Floats, null_mean: float, stake: float, *, pool: int) -> Floats:
-    """Log wealth after each probe of betting that the pool's mean of values in [-1, 1] is above `null_mean`.
-
-    W_t = W_(t-1) (1 + λ_t (v_t - m_t)), the betting martingale of Waudby-Smith and Ramdas (2024, JRSS B 86), where
-    m_t is the largest mean that the probes left can have under the null.
-
-    Parameters
-    ----------
-    values : float array, shape (n,)
-        NaN where a probe has no answer, which moves nothing.
-    null_mean : float
-        The largest mean over the pool under the null.
-    stake : float
-        λ_t (1 + m_t), the share of the largest admissible bet, in [0, 1).
-    pool : int
-        How many probes the pool has.
-
-    Returns
-    -------
-    float array, shape (n,)
-    """
-    left = np.clip(_mean_left(null_mean, np.nan_to_num(values, nan=-1.0), pool), -0.5, 1.0)
-    growth = np.log1p(stake / (1 + left) * (values - left))
-    return np.asarray(np.cumsum(np.where(np.isfinite(growth), growth, 0.0)))
+    return np.asarray(np.cumsum(np.where(np.isfinite(factors), np.log(np.maximum(factors, 1e-300)), 0.0), axis=-1))
 
 
 def _mean_left(pool_mean: float, values: Floats, pool: int) -> Floats:
     """The mean that the probes not yet drawn have before each draw, if the whole pool's is `pool_mean`."""
-    seen = np.concatenate([[0.0], np.cumsum(values)[:-1]]) if values.size else values
-    return np.asarray((pool * pool_mean - seen) / (pool - np.arange(values.size)))
+    seen = np.cumsum(values, axis=-1) - values
+    return np.asarray((pool * pool_mean - seen) / (pool - np.arange(values.shape[-1])))
 
 
 def mixture(log_processes: Floats, weights: Floats | None = None) -> Floats:
@@ -100,14 +77,15 @@ def mixture(log_processes: Floats, weights: Floats | None = None) -> Floats:
 
     Parameters
     ----------
-    log_processes : float array, shape (m, n)
+    log_processes : float array, shape (m, ...)
     weights : float array, shape (m,), optional
         Positive; normalised here. Equal by default.
     """
     count = log_processes.shape[0]
     share = np.full(count, 1 / count) if weights is None else weights / weights.sum()
     top = log_processes.max(axis=0)
-    return np.asarray(top + np.log(np.sum(share[:, None] * np.exp(log_processes - top), axis=0)))
+    shares = share.reshape(-1, *([1] * (log_processes.ndim - 1)))
+    return np.asarray(top + np.log(np.sum(shares * np.exp(log_processes - top), axis=0)))
 
 
 def first_crossing(log_process: Floats, e_value: float) -> int | None:

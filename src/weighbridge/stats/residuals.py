@@ -133,6 +133,61 @@ def direction_cosine(residual_nats: Floats, variant_nats: Floats, reference_nats
     return np.asarray(np.where(count >= 4, np.clip(cosine, -1.0, 1.0), np.nan))
 
 
+_LARGEST_COSINE = 0.995  # beyond it the transform says more than a few tokens can
+
+
+def fisher_cosine(residual_nats: Floats, variant_nats: Floats, reference_nats: Floats) -> Floats:
+    """The Fisher transform artanh(c) of `direction_cosine`, nearly normal with a spread that does not depend on its mean.
+
+    (Fisher 1915, Biometrika 10.) Bounded at c = ±0.995.
+    """
+    cosine = direction_cosine(residual_nats, variant_nats, reference_nats)
+    return np.asarray(np.arctanh(np.clip(cosine, -_LARGEST_COSINE, _LARGEST_COSINE)))
+
+
+def shape_fisher(residual_nats: Floats, reference_nats: Floats) -> Floats:
+    """Fisher transform of the cosine of a residual with the reference's own centred logprobs.
+
+    Positive where a distribution is sharper than the reference's, as at a lower temperature; negative where it is flatter.
+    """
+    known = np.isfinite(residual_nats) & np.isfinite(reference_nats)
+    count = known.sum(axis=-1)
+
+    def centred(values: Floats) -> Floats:
+        zeroed = np.where(known, values, 0.0)
+        return np.where(known, zeroed - zeroed.sum(axis=-1, keepdims=True) / np.maximum(count, 1)[..., None], 0.0)
+
+    one, other = centred(residual_nats), centred(reference_nats)
+    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    cosine = (one * other).sum(axis=-1) / np.maximum(norms, _TINY)
+    fisher = np.arctanh(np.clip(cosine, -_LARGEST_COSINE, _LARGEST_COSINE))
+    return np.asarray(np.where(count >= 4, np.where(norms > _TINY, fisher, 0.0), np.nan))
+
+
+def mean_by_unit(values: Floats, unit_of_row: NDArray[np.int64], units: int) -> Floats:
+    """Average rows that belong to one unit: several positions of one text are one observation.
+
+    Parameters
+    ----------
+    values : float array, shape (..., rows)
+        May hold NaN, which is left out.
+    unit_of_row : int array, shape (rows,)
+    units : int
+
+    Returns
+    -------
+    float array, shape (..., units)
+        NaN where a unit has no known row.
+    """
+    if unit_of_row.size == units and np.array_equal(unit_of_row, np.arange(units)):
+        return values
+    belongs = (unit_of_row[:, None] == np.arange(units)).astype(np.float64)
+    known = np.isfinite(values)
+    count = known.astype(np.float64) @ belongs
+    total = np.where(known, values, 0.0) @ belongs
+    return np.asarray(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+
+
 def scale_interval(log_scales: Floats, confidence: float) -> tuple[float, float, float]:
     """Effective noise ŝ = exp(mean log s) in nats with a Student-t interval over prompts.
 

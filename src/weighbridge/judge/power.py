@@ -1,0 +1,175 @@
+"""How many requests it takes to tell each recorded departure from honest, from a bundle alone.
+
+A departure whose weights are changed is put on every honest stack in turn: its residual plus that stack's own noise. One that rounds
+activations or the KV cache would be rounded anew by another engine, so its recorded size counts and its direction does not. Audits are
+then drawn from the pool as the keyed draw of a real one is.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weighbridge.judge.answers import Residuals
+from weighbridge.judge.library import Library, Null, travels
+from weighbridge.judge.sizes import Features, exclusion_processes, features_of, honest_processes
+from weighbridge.records import Finite, LogprobLevel, Policy, Record
+from weighbridge.stats.evidence import mixture
+from weighbridge.stats.residuals import own_top
+
+Floats = NDArray[np.float64]
+DRAWS = 200
+RESOLVED_SHARE = 0.9  # of draws that must reach the level
+LONGEST = 120  # answers: what takes more is not resolvable at a price that anybody pays
+
+
+class Resolution(Record):
+    """How many answers tell one departure from every honest stack at one level; the worst engine that it was put on."""
+
+    variant: str
+    level: LogprobLevel
+    family: str | None
+    bits_held: Finite | None
+    noise_nats: Finite
+    served_on: str
+    reached_share: Finite
+    requests_median: int | None
+    requests_p90: int | None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cost_usd: Finite | None = None
+
+    @property
+    def resolvable(self) -> bool:
+        """Whether at least nine draws of ten reach the level within the pool and 120 answers."""
+        return self.reached_share >= RESOLVED_SHARE
+
+
+def put_on(library: Library, variant: int, stack: int) -> Features:
+    """What every probe would show if a departure were served on the engine of an honest stack.
+
+    Parameters
+    ----------
+    variant : int
+        Index into ``library.bank``.
+    stack : int
+        Index into ``library.honest``.
+    """
+    bundle, reference = library.bundle, library.reference_nats
+    honest = bundle.logprobs_nats[bundle.stack_index[library.honest[stack].id]].astype(np.float64)[library.rows]
+    whole = reference + library.differences_nats[variant]
+    moves = travels(library.bank[variant])
+    columns, endpoint = own_top(whole + honest - reference if moves else whole, library.top_k)
+    bank = np.take_along_axis(
+        library.differences_nats, np.broadcast_to(columns, (len(library.bank), *columns.shape)), axis=2
+    )
+    if not moves:
+        bank = bank.copy()
+        bank[variant] = np.nan
+    rows = reference.shape[0]
+    return features_of(
+        Residuals(
+            answer_of_row=library.unit_of_row,
+            endpoint_nats=endpoint,
+            reference_nats=np.take_along_axis(reference, columns, axis=1),
+            bank_nats=bank,
+            unlisted_nats=np.zeros(rows),
+            listed_share=np.ones(rows),
+            agrees=columns[:, 0] == 0,
+            answers=len(library.probe_ids),
+            asked=len(library.probe_ids),
+            repeated=0,
+        )
+    )
+
+
+def drawn(features: Features, draws: int, generator: np.random.Generator) -> Features:
+    """The same answers in the order of many draws, shape (..., draws, n)."""
+    n = features.log_scales.size
+    order = np.argsort(generator.random((draws, n)), axis=1)[:, :LONGEST]
+    return Features(features.log_scales[order], features.fisher[:, order], features.shape[order])
+
+
+def answers_to_differ(library: Library, null: Null, features: Features, policy: Policy) -> Floats:
+    """After how many answers each draw rejects every honest stack; infinity where they do not suffice."""
+    log_size, _, log_direction = honest_processes(library, null, features, policy)
+    total = mixture(np.array([log_size, log_direction]))
+    return _first(total >= np.log(policy.differs_e_value), policy.min_answers)
+
+
+def answers_to_consistent(library: Library, null: Null, features: Features, policy: Policy) -> Floats:
+    """After how many answers each draw excludes every departure that can be; infinity where they do not suffice."""
+    processes, excludable = exclusion_processes(library, null, features, policy)
+    if not excludable.any():
+        return np.full(features.log_scales.shape[:-1], np.inf)
+    reached = np.maximum.accumulate(processes[excludable], axis=-1).min(axis=0) >= np.log(policy.consistent_e_value)
+    return _first(reached, policy.min_answers_consistent)
+
+
+def _first(reached: NDArray[np.bool_], least: int) -> Floats:
+    first = np.where(reached.any(axis=-1), reached.argmax(axis=-1) + 1.0, np.inf)
+    return np.maximum(first, least)
+
+
+def resolutions(library: Library, policy: Policy, *, draws: int = DRAWS, seed: int = 1) -> list[Resolution]:
+    """Every recorded departure, smallest first, on the engine where telling it takes longest.
+
+    Parameters
+    ----------
+    library : Library
+    policy : Policy
+    draws : int
+        Audits drawn for each departure and engine.
+    seed : int
+        Of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    out = []
+    for v, variant in enumerate(library.variants):
+        worst: Resolution | None = None
+        for null in library.nulls:
+            engines = null.stacks.tolist() if travels(variant) else null.stacks[:1].tolist()
+            for stack in engines:
+                features = drawn(put_on(library, v, stack), draws, generator)
+                needed = answers_to_differ(library, null, features, policy)
+                found = _resolution(library, v, stack, needed)
+                if worst is None or _slowness(found) > _slowness(worst):
+                    worst = found
+        assert worst is not None
+        out.append(worst)
+    return sorted(out, key=lambda r: r.noise_nats)
+
+
+def _resolution(library: Library, v: int, stack: int, needed: Floats) -> Resolution:
+    variant = library.variants[v]
+    median, p90 = (float(np.quantile(needed, q, method="higher")) for q in (0.5, 0.9))
+    tokens = float(np.mean([_prompt_tokens(library, probe) for probe in library.probe_ids]))
+    completion = 1.0 if library.level != "L2" else _answer_tokens(library)
+    return Resolution(
+        variant=variant.id, level=library.level, family=variant.departure_class, bits_held=variant.bits_held,
+        noise_nats=float(np.exp(np.nanmean(library.variant_log_scales[v]))),
+        served_on=library.honest[stack].id if travels(variant) else "as recorded, by size alone",
+        reached_share=float(np.isfinite(needed).mean()),
+        requests_median=int(median) if np.isfinite(median) else None, requests_p90=int(p90) if np.isfinite(p90) else None,
+        prompt_tokens=round(median * tokens) if np.isfinite(median) else None,
+        completion_tokens=round(median * completion) if np.isfinite(median) else None,
+    )  # fmt: skip
+
+
+def _slowness(found: Resolution) -> tuple[float, float, float]:
+    return (
+        -found.reached_share,
+        float("inf") if found.requests_p90 is None else found.requests_p90,
+        float("inf") if found.requests_median is None else found.requests_median,
+    )
+
+
+def _prompt_tokens(library: Library, probe_id: str) -> int:
+    """Of the request: what is forced counts, what the endpoint generates itself does not."""
+    bundle = library.bundle
+    probe = bundle.probe_index[probe_id]
+    whole = int(bundle.prompt_offsets[probe + 1] - bundle.prompt_offsets[probe])
+    return int(bundle.row_position[bundle.row_index[probe_id]]) + 1 if library.level == "L2" else whole
+
+
+def _answer_tokens(library: Library) -> float:
+    """Tokens that a level-L2 answer generates, on average: up to the last position that is scored."""
+    return float(np.mean([library.bundle.scored_tokens(probe_id) for probe_id in library.probe_ids]))

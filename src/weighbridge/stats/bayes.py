@@ -1,0 +1,62 @@
+"""Bayes factors against the honest stacks, with the stack's own noise integrated out once for a whole audit.
+
+These are statements under a model, beside the e-values, which need none: answers are taken to be independent given the stack,
+log s to be normal around the stack's mean, and the Fisher transform of the cosine with a departure to be normal.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+
+Floats = NDArray[np.float64]
+GRID_POINTS = 61
+
+
+def normal_log_density(values: Floats, mean: Floats | float, sd: Floats | float) -> Floats:
+    """Log density of a normal distribution."""
+    return np.asarray(-0.5 * ((values - mean) / sd) ** 2 - np.log(sd) - 0.5 * np.log(2 * np.pi))
+
+
+def log_scale_evidence(log_scales: Floats, means: Floats, sd: float, between_sd: float, degrees: int) -> float:
+    """Log of ∫ Π_j N(x_j; u, sd) dπ(u): the evidence of all answers for sizes of one kind.
+
+    Parameters
+    ----------
+    log_scales : float array, shape (n,)
+        x = log s of every answer.
+    means : float array, shape (m,)
+        The stack's own mean u is taken to be near one of these, each as likely as the others: Student-t around it.
+    sd : float
+        Of x within a stack.
+    between_sd, degrees
+        Scale and degrees of freedom of u around its centre.
+    """
+    offsets = between_sd * np.linspace(-6, 6, GRID_POINTS)
+    prior = stats.t.logpdf(offsets, degrees, scale=between_sd)
+    prior = prior - special.logsumexp(prior)
+    u = means[:, None] + offsets
+    # Σ (x - u)² = n (x̄ - u)² + Σ (x - x̄)²
+    n, mean = log_scales.size, float(log_scales.mean())
+    within = float(((log_scales - mean) ** 2).sum())
+    given = -0.5 * (n * (mean - u) ** 2 + within) / sd**2 - n * (np.log(sd) + 0.5 * np.log(2 * np.pi))
+    return float(special.logsumexp(given + prior) - np.log(means.size))
+
+
+def tempering(null_log_ratios: Floats) -> float:
+    """The largest power ζ ≤ 1 at which no honest stack's mean likelihood ratio over the pool exceeds 1.
+
+    Parameters
+    ----------
+    null_log_ratios : float array, shape (stacks, pool)
+        Log likelihood ratio of a cause against honest, of every honest stack on every probe.
+
+    Returns
+    -------
+    float
+        0 where even the smallest power does not do: such a ratio is evidence of nothing.
+    """
+    powers = np.linspace(1.0, 0.0, 101)
+    for power in powers[:-1]:
+        if float(np.exp(special.logsumexp(power * null_log_ratios, axis=1)).max()) <= null_log_ratios.shape[1]:
+            return float(power)
+    return 0.0

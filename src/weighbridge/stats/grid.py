@@ -1,0 +1,71 @@
+"""Grids: whether logprobs were computed or written in 16 bits, which adds a rounding noise of its own.
+
+Logits in bfloat16 between 16 and 32 are multiples of 1/8, so that the gaps of a list of logprobs are multiples of 1/8 as well. A
+list that was computed without such a grid has other noise, and the two must never be compared with the same null.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+STEPS_NATS = tuple(2.0**-power for power in range(1, 10))  # coarsest first
+DECIMAL_STEPS_NATS = (0.1, 0.01, 0.001)
+TOLERANCE = 0.02  # of a step; gaps without a grid come this near by chance in 4 % of cases
+SHARE_ON_GRID = 0.95
+MIN_GAPS = 10
+NEGLIGIBLE_STEP_NATS = (
+    2.0**-6
+)  # rounding to it (float16 logits) moves a logprob by 0.0045 nats, far less than bfloat16 arithmetic does
+
+
+def grid_step(logprobs_nats: Floats) -> float:
+    """The coarsest grid that the gaps within the lists lie on; 0 where there is none, or too few gaps to tell.
+
+    Parameters
+    ----------
+    logprobs_nats : float array, shape (lists, k)
+        May hold NaN.
+
+    Returns
+    -------
+    float
+        In nats. Powers of two are logits kept in 16 bits; 0.1 and 0.01 are logprobs written with so few digits.
+    """
+    if logprobs_nats.size == 0:
+        return 0.0
+    gaps = (logprobs_nats - logprobs_nats[:, :1])[:, 1:].ravel()
+    gaps = gaps[np.isfinite(gaps)]
+    if gaps.size < MIN_GAPS:
+        return 0.0
+    for step in sorted((*STEPS_NATS, *DECIMAL_STEPS_NATS), reverse=True):
+        off = np.abs(gaps / step - np.round(gaps / step))
+        if float((off < TOLERANCE).mean()) >= SHARE_ON_GRID:
+            return step
+    return 0.0
+
+
+def same_grid(one: float, other: float) -> bool:
+    """Whether two grids are of one kind: both absent or negligible, or at most a factor of two apart.
+
+    The step of a 16-bit logit doubles with each power of two of its size, so one model shows neighbouring steps.
+    """
+    coarse = [step > NEGLIGIBLE_STEP_NATS for step in (one, other)]
+    if not all(coarse):
+        return not any(coarse)
+    return bool(abs(np.log2(one / other)) <= 1.0)
+
+
+def round_to_bfloat16(values: Floats) -> Floats:
+    """The nearest bfloat16 (ties to even) of each value."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32)
+    return np.asarray(np.where(np.isfinite(values), rounded.view(np.float32).astype(np.float64), np.nan))
+
+
+def written_in_bfloat16(logprobs_nats: Floats) -> bool:
+    """Whether the logprobs themselves, not only the logits, were rounded to bfloat16."""
+    known = logprobs_nats[np.isfinite(logprobs_nats) & (logprobs_nats < 0)]
+    return bool(
+        known.size >= MIN_GAPS and np.mean(np.abs(round_to_bfloat16(known) / known - 1) < 1e-6) >= SHARE_ON_GRID
+    )
