@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 import peers
 from figures import Document, Figure, say
 from first_weighing import keeping
-from served import DEPARTURES, HONEST, Served, answers_of
+from served import AT_ALL_LEVELS, DEPARTURES, HONEST, Served, answers_of
 from weighbridge.judge.answers import line_up
 from weighbridge.judge.causes import weigh_causes
 from weighbridge.judge.library import Library, Null, build_library, travels
@@ -44,7 +44,7 @@ from weighbridge.stats.grid import grid_step
 Floats = NDArray[np.float64]
 LOG10 = float(np.log(10))
 ALPHA = 1e-3
-QUICK = ("llamacpp-int8", "llamacpp-int4-g64", "llamacpp-q8_0", "transformers-int8", "transformers-fp8-e4m3", "transformers-kv-fp8", "transformers-nf4-g64")  # fmt: skip
+QUICK = ("llamacpp-int8", "llamacpp-int4-g64", "llamacpp-int8-g32", "llamacpp-kv-q8_0", "transformers-kv-int8", "transformers-int8", "transformers-fp8-e4m3", "transformers-kv-fp8", "transformers-nf4-g64")  # fmt: skip
 SIBLINGS = (
     ("int4-g32", "int4-g64"),
     ("int4-g64", "int4-asym-g64"),
@@ -256,6 +256,61 @@ def bound_by_size(a: Answered) -> float:
     means, sds = np.nanmean(honest, axis=1), np.maximum(np.nanstd(honest, axis=1), 0.05)
     divergence = np.log(sds / sd) + (sd**2 + (mean - means) ** 2) / (2 * sds**2) - 0.5
     return float(np.log(1000) / divergence.min())
+
+
+def eight_bit_caches(
+    document: Document,
+    bundle: Bundle,
+    answered: list[Answered],
+    policy: Policy,
+    draws: int,
+    generator: np.random.Generator,
+) -> None:
+    """8-bit integer KV caches: recorded on the same engine, on other arithmetic, by another quantiser, and against an honest twin."""
+    stacks = bundle.manifest.stacks
+    cases: dict[str, tuple[str, Bundle, Policy]] = {}
+    for name, recorded in (("llamacpp-kv-q8_0", "llamacpp-kv-q8_0"), ("transformers-kv-int8", "kv-int8")):
+        label = "same engine" if name.startswith("llamacpp") else "other arithmetic"
+        cases[f"{label}: {name}"] = (name, bundle, policy)
+        others = {s.id for s in stacks if s.id != recorded}
+        cases[f"other quantiser: {name}"] = (name, keeping(bundle, others), policy)
+    # The twin is the reference, and its own engine's honest stacks are all that it may differ from.
+    for name, twin, family in (
+        ("llamacpp-kv-q8_0", "llamacpp-f16", "llama.cpp/float16"),
+        ("transformers-kv-int8", "hf-bfloat16-batch-1", "transformers/bfloat16"),
+    ):
+        on_grid = family == "transformers/bfloat16"
+        own = {
+            s.id
+            for s in stacks
+            if s.departure is None
+            and s.family == family
+            and not (on_grid and s.precision.logits != "bfloat16")
+            and not s.id.startswith("emulated")
+        }
+        twins = keeping(bundle, own | {s.id for s in stacks if s.departure is not None and s.is_judged})
+        twins = dataclasses.replace(twins, manifest=twins.manifest.model_copy(update={"reference_stack": twin}))
+        cases[f"honest twin {twin}: {name}"] = (name, twins, policy.model_copy(update={"null_scale_floor_nats": 1e-3}))
+    rows = {}
+    for label, (name, kept, under) in cases.items():
+        found = next((a for a in answered if a.served.name == name), None)
+        if found is None:
+            continue
+        library = build_library(kept, under, 20)
+        aligned = line_up(library, found.observations)
+        null = library.null_for(grid_step(aligned.endpoint_nats))
+        if null is None:
+            continue
+        reached = answers_to_differ(library, null, drawn(features_of(aligned), draws, generator), under)
+        median, p90 = quantiles(reached)
+        rows[label] = {"median": median, "p90": p90, "limit_nats": null.limit_nats, "noise_nats": float(np.exp(features_of(aligned).log_scales.mean())), "power": {str(n): float((reached <= n).mean()) for n in BUDGETS}}  # fmt: skip
+    document.reported["eight_bit_kv_cache"] = rows
+    against_twin = [row["median"] for label, row in rows.items() if label.startswith("honest twin")]
+    if against_twin:
+        worst = max(float(str(m)) for m in against_twin)
+        document.figures["kv_cache_8_bit_against_twin_median"] = Figure(
+            worst, "requests, the worst engine", "<= 150", worst <= 150
+        )
 
 
 def naming(
@@ -624,12 +679,13 @@ def main() -> int:
     requests(document, answered, library, policy, draws, generator)
     naming(document, bundle, answered, library, policy, 3 if arguments.quick else 20, generator)
     false_consistent(document, bundle, answered, policy, draws, generator)
+    eight_bit_caches(document, bundle, answered, policy, draws, generator)
     say("the field")
     validate_peers(document, generator)
     tracker(document, library, generator)
     curves = beside_the_field(document, library, policy, 100 if arguments.quick else 300, generator)
     say("levels")
-    levels(document, bundle, [*(a.served for a in honest), *names], policy, draws, generator)
+    levels(document, bundle, [s for s in (*HONEST, *DEPARTURES) if s.name in AT_ALL_LEVELS], policy, draws, generator)
     judging(document, bundle, policy)
     if arguments.plot is not None:
         plot(curves, arguments.plot)

@@ -54,9 +54,11 @@ def _llamacpp(name: str, variant: str | None) -> Served:
 
 
 WEIGHTS = tuple(WEIGHT_ROUNDINGS)
+# Group sizes differ on one engine alone: each file takes a minute to make and to ask.
+ONE_ENGINE = ("int4-g32", "int4-g128", "int4-asym-g32", "int4-asym-g128", "nf4-g32", "nf4-g128")
 HONEST = (_llamacpp("f16", None), _transformers("bf16", None))
 DEPARTURES = (
-    *(_llamacpp(name, name) for name in WEIGHTS),
+    *(_llamacpp(name, name) for name in WEIGHTS if name not in ONE_ENGINE),
     *(_llamacpp(name, name) for name in ("q8_0", "q4_0", "kv-q8_0", "kv-q4_0", "depth-24")),
     *(_transformers(name, name, weights=name) for name in WEIGHTS),
     _transformers("w8a8-int8", "w8a8-int8", weights="int8", activations="int8"),
@@ -66,6 +68,8 @@ DEPARTURES = (
     _transformers("kv-int4", "kv-int4", kv_cache="int4"),
     _transformers("depth-24", "depth-24", remove_blocks=[*range(13, 19)]),
 )
+# What is asked at the levels L1 (where the engine gives a prompt's logprobs) and L2 as well.
+AT_ALL_LEVELS = ("llamacpp-f16", "llamacpp-int8", "llamacpp-q8_0", "transformers-bf16", "transformers-int8", "transformers-fp8-e4m3", "transformers-int4-g64", "transformers-kv-fp8")  # fmt: skip
 
 
 def answers_of(served: Served, bundle: Bundle, level: LogprobLevel = "L3") -> tuple[Capability, list[Observation]]:
@@ -85,7 +89,7 @@ def answers_of(served: Served, bundle: Bundle, level: LogprobLevel = "L3") -> tu
         with lab_endpoint(served.what, Lies(), say) as front:
             say(f"collecting {served.name}, level {level}")
             endpoint = plan.endpoint.model_copy(update={"base_url": front.base_url})
-            collect_run(folder, plan, endpoint, None, None, lambda _: None)
+            collect_run(folder, plan, endpoint, bundle, None, lambda _: None)
     observations = observe(plan, folder.exchanges()[0])
     capability = read_capability({k: v for k, v in observations.items() if k.startswith("capability")})
     return capability, [o for k, o in observations.items() if not k.startswith("capability")]

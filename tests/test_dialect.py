@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from weighbridge.canonical import canonical_bytes, rounded
 from weighbridge.dialects import DIALECTS
 from weighbridge.dialects.openai_chat import OpenAIChat
-from weighbridge.records import Endpoint, Exchange, FailureCode, Message, Observation, Received, Sent
+from weighbridge.records import (
+    Endpoint,
+    Exchange,
+    FailureCode,
+    Message,
+    Observation,
+    PlannedRequest,
+    Probe,
+    Received,
+    Sent,
+)
 
 few = settings(derandomize=True, deadline=None, max_examples=150)
 DIALECT = OpenAIChat()
@@ -113,9 +123,19 @@ def endpoint(**more: Any) -> Endpoint:
     return Endpoint(name="e", base_url="https://api.example.com/v1", model="some-model", **more)
 
 
-def body(asked: Endpoint, top_logprobs: int = 20) -> dict[str, Any]:
+def body(asked: Endpoint, top_logprobs: int = 20, **more: Any) -> dict[str, Any]:
     messages = [Message(role="system", content="Be brief."), Message(role="user", content="Say a word.")]
-    return DIALECT.body(asked, messages, temperature=1.0, top_logprobs=top_logprobs, seed=7)
+    request = PlannedRequest(request_id="p", probe=Probe(id="p", purpose="a probe", messages=messages), **more)
+    return DIALECT.body(asked, request, temperature=1.0, top_logprobs=top_logprobs, seed=7)
+
+
+def test_a_short_answer_is_asked_for_with_its_length() -> None:
+    assert body(endpoint(), max_tokens=22) == body(endpoint()) | {"max_tokens": 22}
+
+
+def test_a_forced_text_is_gone_on_with_and_its_own_logprobs_are_asked_for() -> None:
+    forced = {"prompt_logprobs": 20, "continue_final_message": True, "add_generation_prompt": False}
+    assert body(endpoint(), forced=True) == body(endpoint()) | forced
 
 
 def test_every_sampling_parameter_is_stated() -> None:
@@ -174,6 +194,7 @@ def test_a_valid_answer_is_read() -> None:
         "prompt_tokens": 40,
         "completion_tokens": 1,
         "cached_tokens": 0,
+        "positions": None,
         "quirks": [],
     }
     assert tokens(observe_json(answer())) == [(" the", -0.7), (" a", -1.5), (" one", -3.0)]
@@ -302,6 +323,84 @@ def test_a_positive_logprob_is_refused_beyond_rounding(logprob: float, is_read: 
     observation = observe_json(answer(entry("a", logprob), entry("b", -20)))
     assert (observation.top is not None) == is_read
     assert observation.fault == (None if is_read else "bad_logprobs")
+
+
+def test_probabilities_in_the_place_of_logprobs_are_taken_as_such_and_said() -> None:
+    observation = observe_json(answer(entry("a", 0.5), entry("b", 0.25), entry("c", 0)))
+    assert observation.top is not None
+    assert [t.logprob_nats for t in observation.top] == pytest.approx([math.log(0.5), math.log(0.25)])
+    assert "probability_as_logprob" in observation.quirks
+    assert_sane(observation)
+
+
+def test_a_drawn_token_at_the_end_of_a_list_is_one_of_it() -> None:
+    observation = observe_json(answer(entry("a", -0.5), entry("b", -1.5), entry("drawn", -9)))
+    assert observation.top is not None
+    assert len(observation.top) == 3
+
+
+def generated(*tokens: str, max_tokens: int) -> Observation:
+    """An answer of several tokens, each with a list of its own."""
+    document = answer()
+    document["choices"][0]["logprobs"]["content"] = [
+        entry(token, -0.5) | {"top_logprobs": [entry(token, -0.5), entry("other", -2)]} for token in tokens
+    ]
+    sent = Sent(request_id="p", attempt=1, sent_at="2026-11-22T00:00:00+00:00", body={"max_tokens": max_tokens})
+    received = Received(
+        request_id="p", attempt=1, status=200, headers={}, body_text=json.dumps(document), latency_s=0.1
+    )
+    return DIALECT.observe("p", [Exchange(sent=sent, received=received)])
+
+
+def test_every_generated_token_that_was_asked_for_has_its_list() -> None:
+    observation = generated("a", "b", "c", max_tokens=2)
+    assert observation.positions is not None
+    assert [p.bytes_hex for p in observation.positions] == [b"a".hex(), b"b".hex()]
+    assert [p.top[0].bytes_hex for p in observation.positions] == [b"a".hex(), b"b".hex()]
+    assert observation.top == observation.positions[0].top
+
+
+def test_one_token_has_no_positions_however_many_come_back() -> None:
+    assert generated("a", "b", max_tokens=1).positions is None
+
+
+@pytest.mark.parametrize("inside_choice", [True, False])
+def test_a_prompts_logprobs_are_read_in_the_shape_of_vllm(inside_choice: bool) -> None:
+    document = answer(entry("x", -0.1))
+    row = {
+        "11": {"logprob": -0.25, "rank": 1, "decoded_token": " tea"},
+        "7": {"logprob": -3.0, "rank": 9, "decoded_token": " pot"},
+    }
+    (document["choices"][0] if inside_choice else document)["prompt_logprobs"] = [None, row]
+    sent = Sent(
+        request_id="p", attempt=1, sent_at="2026-11-22T00:00:00+00:00", body={"max_tokens": 1, "prompt_logprobs": 20}
+    )
+    received = Received(
+        request_id="p", attempt=1, status=200, headers={}, body_text=json.dumps(document), latency_s=0.1
+    )
+    observation = DIALECT.observe("p", [Exchange(sent=sent, received=received)])
+    assert observation.positions is not None
+    assert observation.positions[0].top == []
+    assert [(t.bytes_hex, t.logprob_nats) for t in observation.positions[1].top] == [
+        (b" tea".hex(), -0.25),
+        (b" pot".hex(), -3.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows", [7, "x", [7], [{"1": 3}], [{"1": {"logprob": "x"}}], [{"1": {"logprob": 3.0, "decoded_token": "a"}}] * 2]
+)
+def test_a_prompts_logprobs_that_are_nonsense_are_no_positions(rows: Any) -> None:
+    document = answer(entry("x", -0.1)) | {"prompt_logprobs": rows}
+    sent = Sent(
+        request_id="p", attempt=1, sent_at="2026-11-22T00:00:00+00:00", body={"max_tokens": 1, "prompt_logprobs": 20}
+    )
+    received = Received(
+        request_id="p", attempt=1, status=200, headers={}, body_text=json.dumps(document), latency_s=0.1
+    )
+    observation = DIALECT.observe("p", [Exchange(sent=sent, received=received)])
+    assert not any(p.top for p in observation.positions or [])
+    assert_sane(observation)
 
 
 def test_probabilities_that_sum_to_more_than_one_are_refused() -> None:

@@ -110,7 +110,7 @@ def test_logprobs_of_few_decimals_lie_on_their_grid(decimals: int, expected: flo
 @few
 def test_a_grid_does_not_feel_an_offset_of_each_list(seed: int, step: float, offset: float) -> None:
     rng = np.random.default_rng(seed)
-    on_grid = -np.sort(rng.integers(1, int(20 / step), (8, 20)), axis=1) * step
+    on_grid: Floats = -np.sort(rng.integers(1, int(20 / step), (8, 20)), axis=1) * np.float64(step)
     assert grid_step(on_grid) == step
     assert grid_step(on_grid + offset) == step
     assert grid_step(on_grid + offset * rng.random((8, 1))) == step
@@ -134,9 +134,9 @@ def test_a_grid_does_not_feel_the_order_of_the_tokens_after_the_first(
 
 def test_a_few_tokens_off_the_grid_are_forgiven_and_many_are_not() -> None:
     values = np.round(np.random.default_rng(2).uniform(-20, 0, (10, 20)) * 8) / 8
-    values[:, 1][:8] += 0.0307
+    values[:, 1][:8] += 0.0413
     assert grid_step(values) == 0.125
-    values[:, 2][:8] += 0.0307
+    values[:, 2][:8] += 0.0413
     assert grid_step(values) == 0.0
 
 
@@ -242,7 +242,10 @@ def test_the_limit_grows_with_margin_and_coverage_and_is_never_below_the_noisies
 @pytest.mark.parametrize("values", [floats(-3), floats(-3, -5)])
 def test_a_spread_is_not_learned_from_fewer_than_three_stacks(values: Floats) -> None:
     assert class_limit(values, margin=1.25, coverage=0.99) == pytest.approx(1.25 * np.exp(-3))
-    assert class_limit(np.append(values, -5.0), margin=1.25, coverage=0.999) > 1.25 * np.exp(-3) or values.size == 1
+
+
+def test_a_spread_is_learned_from_three_stacks() -> None:
+    assert class_limit(floats(-3, -5, -4), margin=1.25, coverage=0.99) > np.exp(0)
 
 
 def test_a_class_without_a_stack_has_no_limit() -> None:
@@ -250,18 +253,11 @@ def test_a_class_without_a_stack_has_no_limit() -> None:
         class_limit(np.zeros(0), margin=1.25, coverage=0.95)
 
 
-@pytest.mark.parametrize("coverage", [0.8, 0.95])
+@pytest.mark.parametrize("coverage", [0.95, 0.99])
 def test_the_limit_holds_the_promised_share_of_new_stacks(coverage: float) -> None:
-    draws = np.random.default_rng(70).normal(-3, 0.2, (4000, 7))
-    held = sum(np.exp(new) <= class_limit(y, margin=1.0, coverage=coverage) for *_, new, y in _split(draws))
-    # A limit with margin 1 is still never below the noisiest stack, which the closed form alone could be.
-    least = stats.binom.ppf(1e-6, len(draws), coverage)
-    most = stats.binom.ppf(1 - 1e-6, len(draws), max(coverage, 6 / 7) + 0.02)
-    assert least <= held <= most
-
-
-def _split(draws: Floats) -> list[tuple[float, Floats]]:
-    return [(float(row[-1]), row[:-1]) for row in draws]
+    draws = np.random.default_rng(70).normal(-3, 0.2, (10_000, 7))
+    held = sum(bool(np.exp(y[6]) <= class_limit(y[:6], margin=1.0, coverage=coverage)) for y in draws)
+    assert stats.binom.ppf(1e-6, len(draws), coverage) <= held <= stats.binom.ppf(1 - 1e-6, len(draws), coverage)
 
 
 # -- the ladder ------------------------------------------------------------------------------------------------
@@ -330,25 +326,26 @@ def integrated(x: Floats, means: Floats, sd: float, between_sd: float, degrees: 
     prior = stats.t.pdf(offsets, degrees, scale=between_sd)
     prior /= prior.sum()
     u = means[:, None] + offsets
-    given_u = np.exp(stats.norm.logpdf(x[:, None, None], u, sd).sum(axis=0))
+    given_u = np.exp(normal_log_density(x[:, None, None], u, sd).sum(axis=0))
     return float(np.log((given_u * prior).sum(axis=1).mean()))
 
 
-@given(real_lists(-3.5, -2.0, 1, 6), real_lists(-3.2, -2.4, 1, 3), reals(0.2, 0.6), reals(0.1, 0.4), st.integers(1, 9))
+@given(real_lists(-3.2, -2.2, 1, 6), real_lists(-3, -2.4, 1, 3), reals(0.2, 0.6), reals(0.2, 0.4), st.integers(1, 9))
 @few
 def test_the_evidence_of_sizes_is_the_integral_over_the_stacks_own_mean(
     x: list[float], means: list[float], sd: float, between_sd: float, degrees: int
 ) -> None:
     found = log_scale_evidence(np.array(x), np.array(means), sd, between_sd, degrees)
-    assert found == pytest.approx(integrated(np.array(x), np.array(means), sd, between_sd, degrees), abs=0.1)
+    assert found == pytest.approx(integrated(np.array(x), np.array(means), sd, between_sd, degrees), abs=0.05)
 
 
-@pytest.mark.parametrize("offset", np.linspace(0, 0.2, 5).tolist())
-def test_the_evidence_of_a_whole_audit_is_that_integral_within_a_factor_of_two(offset: float) -> None:
-    # The widths of the embedded bundle's stacks of bfloat16, and 100 answers, which `weighbridge audit` asks for.
-    x = -2.7 + offset * 0.35 + 0.23 * stats.norm.ppf((np.arange(100) + 0.5) / 100)
-    found = log_scale_evidence(x, floats(-2.7), 0.23, 0.35, 8)
-    assert found == pytest.approx(integrated(x, floats(-2.7), 0.23, 0.35, 8), abs=np.log(2))
+@pytest.mark.parametrize("answers", [100, 240])
+@pytest.mark.parametrize("offset", [0.0, 0.035, 0.07])
+def test_the_evidence_of_a_whole_audit_is_that_integral_within_a_factor_of_two(offset: float, answers: int) -> None:
+    # As wide as the embedded bundle's stacks in bfloat16 are; 100 answers are an audit's, 240 the whole pool.
+    x = -2.7 + offset + 0.23 * stats.norm.ppf((np.arange(answers) + 0.5) / answers)
+    expected = integrated(x, floats(-2.7), 0.23, 0.35, 8)
+    assert log_scale_evidence(x, floats(-2.7), 0.23, 0.35, 8) == pytest.approx(expected, abs=np.log(2))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -363,7 +360,7 @@ def test_the_evidence_of_sizes_favours_the_mean_that_was_drawn_from(seed: int) -
     assert ours - np.log(9) - 1e-9 <= vague < ours
 
 
-@given(real_lists(-60, 60, 2, 8), st.integers(1, 3), st.integers(1, 20))
+@given(real_lists(-1500, 1500, 2, 8), st.integers(1, 3), st.integers(1, 20))
 @few
 def test_the_tempered_ratio_is_no_more_than_one_on_average(values: list[float], stacks: int, pool: int) -> None:
     rng = np.random.default_rng(len(values))

@@ -10,6 +10,7 @@ from weighbridge.records import Endpoint, Exchange, Observation, PlannedRequest,
 
 NAMELESS = ""  # stands for a special token, which servers list without text and without bytes
 _MOST_NAMELESS = 3  # a list with more of them does not name its tokens at all
+SMALLEST_LOG_PROBABILITY = -600.0  # a probability of 0 says that nothing is known
 SENTINEL_NATS = -9998.0  # servers write -9999 for "outside the list"; no logprob of a listed token is that small
 # The replacement character, and how tokenizers write a space, a newline and a tab in their inner alphabets.
 _NOT_A_NAME = tuple(mark.encode() for mark in "\ufffdĠĊĉ▁")
@@ -204,6 +205,10 @@ def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:
     quirks: set[str] = set()
     found: dict[str, float] = {}
     nameless = 0
+    if _are_probabilities(entries[:_MAX_TOP]):
+        quirks.add("probability_as_logprob")
+        entries = [entry | {"logprob": math.log(max(entry["logprob"], 1e-300))} for entry in entries[:_MAX_TOP]]
+        entries = [entry for entry in entries if entry["logprob"] > SMALLEST_LOG_PROBABILITY]
     for entry in entries[:_MAX_TOP]:
         if not isinstance(entry, dict):
             return [], sorted(quirks), "an entry of top_logprobs is not an object"
@@ -234,6 +239,14 @@ def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:
         return [], sorted(quirks), "the listed probabilities sum to more than 1"
     ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     return [TopToken(bytes_hex=token, logprob_nats=value) for token, value in ordered], sorted(quirks), None
+
+
+def _are_probabilities(entries: list[Any]) -> bool:
+    """Whether a list gives probabilities where logprobs belong: all between 0 and 1, some above 0, together at most 1."""
+    values = [entry.get("logprob") if isinstance(entry, dict) else None for entry in entries]
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    fits = len(numbers) == len(values) > 0 and all(0 <= v <= 1 for v in numbers)
+    return fits and max(numbers) > 1e-4 and sum(numbers) <= 1.001
 
 
 def _token_bytes(entry: dict[str, Any], quirks: set[str]) -> str | None:

@@ -330,17 +330,19 @@ def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, hig
     assert library is not None
     assert residuals is not None
     ladder = []
-    for stacks, scales, honest in (
-        (library.honest, library.honest_log_scales, True),
-        (library.variants, library.variant_log_scales, False),
-    ):
-        for stack, row in zip(stacks, scales, strict=False):
-            values = row[np.isfinite(row)]
-            ladder.append({
-                "stack": stack.id, "honest": honest, "departure": stack.departure, "bits_held": stack.bits_held,
-                "noise_nats": float(np.exp(values.mean())),
-                "p05_nats": float(np.exp(np.quantile(values, 0.05))), "p95_nats": float(np.exp(np.quantile(values, 0.95))),
-            })  # fmt: skip
+    # One row for each family of honest stacks, its noisiest, and one for each departure, however often it was recorded.
+    loudest = sorted(zip(library.honest, library.honest_log_scales, strict=True), key=lambda pair: -np.nanmean(pair[1]))
+    shown = {stack.family: (stack, row) for stack, row in reversed(loudest)}
+    shown |= {
+        name_of(v): (v, row) for v, row in reversed([*zip(library.variants, library.variant_log_scales, strict=False)])
+    }
+    for stack, row in shown.values():
+        values = row[np.isfinite(row)]
+        ladder.append({
+            "stack": stack.id if stack.departure is None or stack.departure_class in policy.accepts else name_of(stack),
+            "honest": stack in library.honest, "departure": stack.departure, "bits_held": stack.bits_held, "noise_nats": float(np.exp(values.mean())),
+            "p05_nats": float(np.exp(np.quantile(values, 0.05))), "p95_nats": float(np.exp(np.quantile(values, 0.95))),
+        })  # fmt: skip
     directions = []
     for index, stack in enumerate(library.bank):
         mean, below, above = _cosine_interval(evidence, index)

@@ -28,7 +28,7 @@ from weighbridge.records import BundleIdentity, Cause, PoolIdentity, Record, che
 from weighbridge.reference.licence import LicenceRecord, bundled_text
 
 # The embedded bundles, pinned: the digest of each one's manifest.
-EMBEDDED = {"smollm2-135m-instruct": "bb012bb9d4331f1a994da764f2aa69365a39723cd808a44b0e81e407f4101d96"}
+EMBEDDED = {"smollm2-135m-instruct": "fa3c1ed2a841f75ced6104443c1e2047fc5d8641f7d912952a1b077208e2e50b"}
 NAME = r"^[a-z0-9][a-z0-9._-]{0,79}$"  # of a stack, pool or bundle; some name a folder, so none begins with a dot
 SCHEMA_FILE = Path(__file__).resolve().parent.parent / "schemas" / "bundle-2.json"
 # Departures that are told from the residuals of the weights' check; wrong prompts are a question of their own.

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _INK, _SOFT, _ENDPOINT, _HONEST = "#1d2733", "#66717e", "#9b2d1f", "#d5e6dc"
+FOREMOST = 12  # directions that are drawn
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "weighbridge", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _SOFT, "text.color": _INK,
@@ -43,7 +44,8 @@ def scale_plot(details: dict[str, Any]) -> str:
             )
         axes.plot([endpoint["low"], endpoint["high"]], [0, 0], color=_ENDPOINT, linewidth=3, zorder=2)
         axes.plot(endpoint["value"], 0, "D", color=_ENDPOINT, markersize=8, zorder=3)
-        axes.set_yticks(range(len(ladder) + 1), ["this endpoint", *(row["stack"] for row in ladder)])
+        axes.set_yticks(range(len(ladder) + 1), ["this endpoint", *(row["stack"] for row in ladder)], fontsize=8)
+        axes.set_ylim(-0.8, len(ladder) + 0.8)
         axes.set_xscale("log")
         lowest = min([endpoint["low"], *(row["p05_nats"] for row in ladder)])
         axes.set_xlim(lowest / 1.5, max([endpoint["high"], *(row["p95_nats"] for row in ladder)]) * 1.5)
@@ -51,7 +53,7 @@ def scale_plot(details: dict[str, Any]) -> str:
 
     return _svg(
         paint,
-        height=0.34 * (len(details["ladder"]) + 1) + 0.9,
+        height=0.22 * (len(details["ladder"]) + 1) + 0.9,
         title="Distance from the reference: this endpoint and every recorded stack",
     )
 
@@ -60,7 +62,7 @@ def direction_plot(details: dict[str, Any]) -> str:
     """Cosine of the endpoint's residual with each variant's."""
 
     def paint(axes: Axes) -> None:
-        rows = sorted(details["directions"], key=lambda row: float(row["cosine"]))
+        rows = _foremost(details)
         for height, row in enumerate(rows):
             axes.plot(
                 [-1, row["honest_at_most"]],
@@ -79,9 +81,14 @@ def direction_plot(details: dict[str, Any]) -> str:
 
     return _svg(
         paint,
-        height=0.34 * len(details["directions"]) + 0.9,
+        height=0.34 * len(_foremost(details)) + 0.9,
         title="Direction of the residual: agreement with each recorded variant",
     )
+
+
+def _foremost(details: dict[str, Any]) -> list[dict[str, Any]]:
+    """The directions that agree most, the best last; the table beside the picture has them all."""
+    return sorted(details["directions"], key=lambda row: float(row["cosine"]))[-FOREMOST:]
 
 
 def course_plot(details: dict[str, Any], threshold: float) -> str:

@@ -6,10 +6,11 @@ log s to be normal around the stack's mean, and the Fisher transform of the cosi
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import stats
 
 Floats = NDArray[np.float64]
 GRID_POINTS = 61
+BISECTIONS = 7
 
 
 def normal_log_density(values: Floats, mean: Floats | float, sd: Floats | float) -> Floats:
@@ -33,13 +34,13 @@ def log_scale_evidence(log_scales: Floats, means: Floats, sd: float, between_sd:
     """
     offsets = between_sd * np.linspace(-6, 6, GRID_POINTS)
     prior = stats.t.logpdf(offsets, degrees, scale=between_sd)
-    prior = prior - special.logsumexp(prior)
+    prior = prior - np.logaddexp.reduce(prior)
     u = means[:, None] + offsets
     # Σ (x - u)² = n (x̄ - u)² + Σ (x - x̄)²
     n, mean = log_scales.size, float(log_scales.mean())
     within = float(((log_scales - mean) ** 2).sum())
     given = -0.5 * (n * (mean - u) ** 2 + within) / sd**2 - n * (np.log(sd) + 0.5 * np.log(2 * np.pi))
-    return float(special.logsumexp(given + prior) - np.log(means.size))
+    return float(np.logaddexp.reduce((given + prior).ravel()) - np.log(means.size))
 
 
 def tempering(null_log_ratios: Floats) -> float:
@@ -55,8 +56,15 @@ def tempering(null_log_ratios: Floats) -> float:
     float
         0 where even the smallest power does not do: such a ratio is evidence of nothing.
     """
-    powers = np.linspace(1.0, 0.0, 101)
-    for power in powers[:-1]:
-        if float(np.exp(special.logsumexp(power * null_log_ratios, axis=1)).max()) <= null_log_ratios.shape[1]:
-            return float(power)
-    return 0.0
+
+    def too_much(power: float) -> bool:
+        return float(np.exp(power * null_log_ratios).mean(axis=1).max()) > 1
+
+    if not too_much(1.0):
+        return 1.0
+    # The mean is a convex function of the power and 1 at power 0, so what is below 1 lies in one piece beside 0.
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if too_much(middle) else (middle, high)
+    return low
