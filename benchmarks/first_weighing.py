@@ -89,7 +89,9 @@ def audit_again(
         with_logprobs = np.cumsum([o.top is not None for o in order])
         reached = int(np.searchsorted(with_logprobs, reached)) + 1
         case = open_case(again, capability, order[: max(reached, again.policy.min_counted)], library)
-    _, verdict = judge(case, requests_sent=len(order), stopped_because="decided", all_observations=order)
+    _, verdict = judge(
+        case, requests_sent=len(order), stopped_because="decided", all_observations=order, observations_sha256="0" * 64
+    )
     return verdict.verdict, verdict.cause, verdict.exact_variant, reached, verdict.axes["weights"]
 
 

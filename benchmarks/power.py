@@ -562,7 +562,13 @@ def judging(document: Document, bundle: Bundle, policy: Policy) -> None:
         started = time.perf_counter()
         for _ in range(times):
             case = open_case(plan, capability, observations, library)
-            judge(case, requests_sent=len(observations), stopped_because="decided", all_observations=observations)
+            judge(
+                case,
+                requests_sent=len(observations),
+                stopped_because="decided",
+                all_observations=observations,
+                observations_sha256="0" * 64,
+            )
         return time.perf_counter() - started
 
     run(1)

@@ -28,10 +28,12 @@ from weighbridge.stats.evidence import bounded_score_process, mixture
 from weighbridge.stats.grid import (
     DECIMAL_STEPS_NATS,
     MIN_GAPS,
+    NEGLIGIBLE_STEP_NATS,
     STEPS_NATS,
+    fits_grid,
     grid_step,
     round_to_bfloat16,
-    same_grid,
+    rounding_noise,
     written_in_bfloat16,
 )
 from weighbridge.stats.honest import MIN_STACKS, class_limit
@@ -162,26 +164,32 @@ ALL_STEPS = (0.0, *STEPS_NATS, *DECIMAL_STEPS_NATS)
 
 
 @pytest.mark.parametrize("one", ALL_STEPS)
-def test_being_of_one_grid_is_mutual(one: float) -> None:
-    assert same_grid(one, one)
+def test_every_grid_fits_itself_and_none_that_is_finer(one: float) -> None:
+    assert fits_grid(one, one)
     for other in ALL_STEPS:
-        assert same_grid(one, other) == same_grid(other, one)
+        if one > max(other, NEGLIGIBLE_STEP_NATS):
+            assert not fits_grid(one, other)
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("endpoint", "recorded", "fits"),
     [
         pytest.param(0.0, 2.0**-7, True, id="float16-is-no-grid"),
-        pytest.param(0.0, 0.01, True, id="two-decimals-are-no-grid"),
+        pytest.param(0.01, 0.0, True, id="two-decimals-are-no-grid"),
         pytest.param(0.0, 1 / 16, False, id="bfloat16-is-one"),
         pytest.param(2.0**-6, 2.0**-5, False, id="negligible-and-not"),
-        pytest.param(1 / 8, 1 / 16, True, id="neighbours-below"),
-        pytest.param(1 / 8, 1 / 4, True, id="neighbours-above"),
-        pytest.param(1 / 8, 1 / 2, False, id="two-steps-apart"),
+        pytest.param(1 / 16, 1 / 8, True, id="smaller-logits"),
+        pytest.param(1 / 4, 1 / 8, False, id="a-rounding-that-no-stack-had"),
+        pytest.param(1 / 32, 1 / 8, False, id="two-steps-apart"),
     ],
 )
-def test_grids_of_one_kind(one: float, other: float, same: bool) -> None:
-    assert same_grid(one, other) is same
+def test_what_may_be_compared_with_what(endpoint: float, recorded: float, fits: bool) -> None:
+    assert fits_grid(endpoint, recorded) is fits
+
+
+def test_rounding_noise_is_that_of_a_uniform_error() -> None:
+    values = np.random.default_rng(5).uniform(-20, 0, 200_000)
+    assert np.std(np.round(values / 0.25) * 0.25 - values) == pytest.approx(rounding_noise(0.25), rel=0.01)
 
 
 @given(real_lists(-3e38, 3e38, 1, 20))
@@ -321,10 +329,9 @@ def test_a_ladder_needs_two_variants(rungs: int) -> None:
 
 
 def integrated(x: Floats, means: Floats, sd: float, between_sd: float, degrees: int) -> float:
-    """The same evidence on a fine grid of the stack's own mean."""
-    offsets = np.linspace(-6, 6, 24_001) * between_sd
-    prior = stats.t.pdf(offsets, degrees, scale=between_sd)
-    prior /= prior.sum()
+    """The same evidence on a fine and wide grid of the stack's own mean."""
+    offsets = np.linspace(-60, 60, 48_001) * between_sd
+    prior = stats.t.pdf(offsets, degrees, scale=between_sd) * (offsets[1] - offsets[0])
     u = means[:, None] + offsets
     given_u = np.exp(normal_log_density(x[:, None, None], u, sd).sum(axis=0))
     return float(np.log((given_u * prior).sum(axis=1).mean()))
@@ -598,7 +605,14 @@ GRIDS = pytest.mark.parametrize("grid", [0.0, 0.125])
 def test_stacks_with_and_without_a_grid_are_held_apart(library: Library) -> None:
     names = {null.grid_nats: {library.honest[i].id for i in null.stacks} for null in library.nulls}
     assert names == {0.0: {"plain-0", "plain-1", "plain-2"}, 0.125: {"half-0", "half-1", "half-2"}}
-    assert library.null_for(0.5) is None
+    assert library.null_for(1.0) is None
+
+
+def test_a_coarser_grid_widens_the_limit_by_its_own_noise_and_excludes_no_direction(library: Library) -> None:
+    finer, coarser = null_of(library, 0.125), null_of(library, 0.25)
+    assert coarser.limit_nats == pytest.approx(np.hypot(finer.limit_nats, 0.25 / np.sqrt(12)))
+    np.testing.assert_allclose(coarser.log_scales - finer.log_scales, coarser.mean - finer.mean)
+    assert np.isnan(coarser.farthest_fisher).all()
 
 
 @GRIDS

@@ -99,7 +99,9 @@ def test_no_spelling_and_no_grid_is_called_a_difference(
         reachable=True, top_logprobs=20, temperature_regime="before_temperature", usage_reported=True
     )
     case = open_case(plan, capability, seen, library)
-    findings, verdict = judge(case, requests_sent=ANSWERS, stopped_because="decided", all_observations=seen)
+    findings, verdict = judge(
+        case, requests_sent=ANSWERS, stopped_because="decided", all_observations=seen, observations_sha256="0" * 64
+    )
     assert verdict.verdict != "differs"
     assert not any(finding.outcome == "inconsistent" for finding in findings.findings)
     if spelling is as_it_is:

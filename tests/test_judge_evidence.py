@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from weighbridge.judge.case import Case
 from weighbridge.judge.causes import CauseEvidence, weigh_causes
-from weighbridge.judge.library import Library, build_library
+from weighbridge.judge.library import COARSEST_GRID_NATS, Library, build_library
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import Resolution, resolutions
 from weighbridge.judge.sizes import WeightEvidence
@@ -151,7 +151,11 @@ def judged(answers: list[Observation], library: Library, *, top_logprobs: int = 
     )
     case = open_case(plan(), capability, answers, library)
     findings, verdict = judge(
-        case, requests_sent=len(answers), stopped_because="probes_used_up", all_observations=answers
+        case,
+        requests_sent=len(answers),
+        stopped_because="probes_used_up",
+        all_observations=answers,
+        observations_sha256="0" * 64,
     )
     return Judged(case, verdict, {finding.axis: finding for finding in findings.findings})
 
@@ -372,7 +376,7 @@ def test_tokens_that_the_reference_does_not_know_are_no_verdict(misspelt: bool) 
     assert_not_judged(judged(answers, whole_library()), "Only 0 answers")
 
 
-@pytest.mark.parametrize("step_nats", [0.5, 0.25])
+@pytest.mark.parametrize("step_nats", [1.0, 0.5, 0.25, 0.2])
 @pytest.mark.parametrize("stack_id", FEW_HONEST)
 def test_a_grid_coarser_than_any_honest_stacks_is_no_difference(stack_id: str, step_nats: float) -> None:
     coarsest = max(null.grid_nats for null in whole_library().nulls)
@@ -380,13 +384,13 @@ def test_a_grid_coarser_than_any_honest_stacks_is_no_difference(stack_id: str, s
     answers = with_logprobs(drawn(stack_id, "grid", len(recorded(stack_id))), rounded_to(step_nats))
     found = judged(answers, whole_library())
     assert found.verdict.verdict != "differs"
-    if step_nats > 2 * coarsest:
+    if step_nats > COARSEST_GRID_NATS:
         assert found.case.evidence is None
         assert_not_judged(found, f"The logprobs lie on a grid of {step_nats:g} nats")
 
 
 def test_a_coarse_grid_hides_a_departure_and_says_so() -> None:
-    found = judged(with_logprobs(drawn("int4-g64", "grid"), rounded_to(0.5)), whole_library())
+    found = judged(with_logprobs(drawn("int4-g64", "grid"), rounded_to(1.0)), whole_library())
     assert_not_judged(found, "as those of no recorded honest stack do")
 
 

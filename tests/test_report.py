@@ -93,7 +93,22 @@ def pictured_details() -> dict[str, Any]:
         "same_first_token_share": 0.9,
         "top_logprobs_used": 20,
         "honest_families": ["llama.cpp/float16", "transformers/float32"],
-    }
+        "logprobs_mean": {
+            "temperature": "before_temperature", "slope_on_reference": 1.01, "grid_nats": 0.125, "truncated_to": 20,
+            "honest_stacks_on_that_grid": ["bf16"],
+        },
+        "causes": [
+            {
+                "cause": cause, "key": key, "label": label, "recorded": [], "log10_e_value": log10_e, "log10_bayes_factor": log10_bf,
+                "nearest": nearest,
+            }
+            for cause, key, label, log10_e, log10_bf, nearest in (
+                ("precision", "int8", "8-bit integer weights", 3.2, 12.5, "q8_0"),
+                ("sampling", "sampling", "a temperature", -0.4, None, None),
+                ("none_of_these", "none_of_these", "none of these", -3.0, 2.0, None),
+            )
+        ],
+    }  # fmt: skip
 
 
 def finding(axis: Axis, outcome: Outcome, words: str, *, pictures: bool) -> Finding:
@@ -289,12 +304,13 @@ def test_every_picture_is_labelled(plain: tuple[str, Page]) -> None:
 def test_every_figure_is_followed_by_a_table(plain: tuple[str, Page]) -> None:
     _, page = plain
     order = [tag for tag, _ in page.elements if tag in ("figure", "table")]
-    assert order == ["table", "figure", "table", "figure", "table", "figure", "table"]
+    causes = ["table"]
+    assert order == ["table", "figure", "table", "figure", "table", *causes, "figure", "table"]
 
 
 def test_every_table_has_a_caption_and_column_headings(plain: tuple[str, Page]) -> None:
     _, page = plain
-    assert len(page.named("caption")) == len(page.named("table")) == 4
+    assert len(page.named("caption")) == len(page.named("table")) == 5
     assert all(heading.get("scope") == "col" for heading in page.named("th"))
 
 

@@ -536,7 +536,9 @@ def judged(stack: int, odd_probes: frozenset[int] = frozenset(), odd: str = "sho
     )
     answers = served(bundle, stack, odd_probes, odd)
     case = open_case(plan, capability, answers, build_library(bundle, policy, TOP))
-    return judge(case, requests_sent=30, stopped_because="decided", all_observations=answers)
+    return judge(
+        case, requests_sent=30, stopped_because="decided", all_observations=answers, observations_sha256="0" * 64
+    )
 
 
 @pytest.mark.parametrize(("stack", "word"), [(1, "consistent"), (2, "differs")])

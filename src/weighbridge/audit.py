@@ -110,7 +110,7 @@ class Auditor:
         capability = read_capability(self._seen)
         enough_logprobs = capability.top_logprobs >= MIN_TOP_LOGPROBS
         if self._bundle is not None and enough_logprobs and self._library is None:
-            self._library = build_library(self._bundle, self._plan.policy, capability.top_logprobs, self._plan.level)
+            self._library = _library(self._bundle, self._plan, capability)
         requests = (
             self._plan.probe_requests if enough_logprobs else self._plan.probe_requests[:COUNTED_WITHOUT_LOGPROBS]
         )
@@ -209,26 +209,29 @@ def judge_run(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings,
         check_draw(plan, bundle)
     exchanges, stopped = folder.exchanges()
     observations = observe(plan, exchanges)
-    folder.write_observations(observations.values())
+    observations_sha256 = folder.write_observations(observations.values())
     capability_names = {request.request_id for request in capability_requests()}
     capability = read_capability(
         {name: o for name, o in observations.items() if name in capability_names and o.fault != "interrupted"}
     )
     answers = [o for name, o in observations.items() if name not in capability_names and o.fault != "interrupted"]
-    library = (
-        build_library(bundle, plan.policy, max(capability.top_logprobs, MIN_TOP_LOGPROBS), plan.level)
-        if bundle is not None
-        else None
-    )
+    library = _library(bundle, plan, capability) if bundle is not None else None
     case = open_case(plan, capability, answers, library)
     findings, verdict = judge(
         case,
         requests_sent=len(exchanges),
         stopped_because=stopped.because if stopped is not None else "interrupted",
         all_observations=list(observations.values()),
+        observations_sha256=observations_sha256,
     )
     folder.write_judgement(findings, verdict)
     return plan, findings, verdict
+
+
+def _library(bundle: Bundle, plan: Plan, capability: Capability) -> Library:
+    """What was recorded, in the form in which this endpoint gives its logprobs."""
+    top_k = max(capability.top_logprobs, MIN_TOP_LOGPROBS)
+    return build_library(bundle, plan.policy, top_k, plan.level, bfloat16_logprobs=capability.logprobs_in_bfloat16)
 
 
 def bundle_of(plan: Plan, given: str | None = None) -> Bundle | None:

@@ -13,6 +13,7 @@ The calls are fixed. Each one is asked only where the ones before it leave the q
 import numpy as np
 
 from weighbridge.records import Capability, Message, Observation, PlannedRequest, Probe
+from weighbridge.stats.grid import written_in_bfloat16
 
 _QUESTION = (
     "A ferry leaves the harbour at nine and returns at noon. Describe in one sentence what the crew does meanwhile."
@@ -98,6 +99,9 @@ def read_capability(observations: dict[str, Observation]) -> Capability:
             "top_logprobs": top,
             "temperature_regime": regime,
             "temperature_slope": slope,
+            "logprobs_in_bfloat16": written_in_bfloat16(
+                np.array([t.logprob_nats for call in observations.values() for t in call.top or []])
+            ),
             "usage_reported": any(call.prompt_tokens is not None for call in answered),
             "model_named": answered[0].model_named if answered else None,
             "fingerprint": answered[0].fingerprint if answered else None,

@@ -358,6 +358,9 @@ class Capability(Record):
     temperature_slope: Finite | None = Field(
         default=None, description="slope of gaps at temperature 2 on gaps at temperature 1"
     )
+    logprobs_in_bfloat16: bool = Field(
+        default=False, description="whether every logprob was rounded to bfloat16 before it was written"
+    )
     usage_reported: bool
     model_named: str | None = None
     fingerprint: str | None = None

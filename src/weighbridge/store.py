@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 
 import filelock
 
-from weighbridge.canonical import canonical_bytes, rounded, write_atomically
+from weighbridge.canonical import canonical_bytes, rounded, sha256_hex, write_atomically
 from weighbridge.errors import ConfigurationError, RunFolderError
 from weighbridge.keys import owner_mark
 from weighbridge.records import Exchange, Findings, Observation, Plan, Received, Record, Sent, Verdict, checked
@@ -129,10 +129,12 @@ class RunFolder:
                     ) from None
         return [Exchange(sent=s, received=received.get(key) or _interrupted(s)) for key, s in sent.items()], stopped
 
-    def write_observations(self, observations: Iterable[Observation]) -> None:
-        """Write observations.jsonl."""
+    def write_observations(self, observations: Iterable[Observation]) -> str:
+        """Write observations.jsonl, canonical bytes; returns its SHA-256."""
         lines = [canonical_bytes(rounded(o.model_dump(mode="json", by_alias=True))) for o in observations]
-        write_atomically(self.path / "observations.jsonl", b"".join(line + b"\n" for line in lines))
+        data = b"".join(line + b"\n" for line in lines)
+        write_atomically(self.path / "observations.jsonl", data)
+        return sha256_hex(data)
 
     def write_judgement(self, findings: Findings, verdict: Verdict) -> None:
         """Write findings.json and verdict.json: canonical bytes, numbers to six significant digits."""

@@ -1,6 +1,6 @@
 """The honest library: what a bundle's stacks look like to an endpoint that returns k logprobs, under a policy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from weighbridge.errors import BundleError
 from weighbridge.records import LogprobLevel, Policy
 from weighbridge.reference.bundle import Bundle, PoolRecord, StackRecord, unfit_to_judge
-from weighbridge.stats.grid import grid_step, round_to_bfloat16, same_grid
+from weighbridge.stats.grid import fits_grid, grid_step, round_to_bfloat16, rounding_noise
 from weighbridge.stats.honest import MIN_STACKS, class_limit
 from weighbridge.stats.residuals import (
     centred_difference,
@@ -22,6 +22,8 @@ from weighbridge.stats.residuals import (
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 MIN_TOP_LOGPROBS = 5  # a shorter list cannot be compared
+COARSEST_GRID_NATS = 0.5  # a coarser one hides every departure that is worth finding
+QUIETER = 10.0  # a tenth of the least limit: below it a stack's noise is as good as none
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -143,8 +145,25 @@ class Library:
         return [*self.variants, *self.renderings]
 
     def null_for(self, grid_nats: float) -> Null | None:
-        """The null for an endpoint's grid; None where no honest stack has such a one."""
-        return next((null for null in self.nulls if same_grid(null.grid_nats, grid_nats)), None)
+        """The null for an endpoint's grid.
+
+        Where no honest stack has such a one, that of the next finer grid, its limit widened by the noise that rounding to
+        the endpoint's grid adds; then no direction is excluded, since more noise blurs it. None for a grid too coarse to compare.
+        """
+        fitting = next((null for null in self.nulls if fits_grid(grid_nats, null.grid_nats)), None)
+        if fitting is not None or grid_nats > COARSEST_GRID_NATS:
+            return fitting
+        finer = max(
+            (null for null in self.nulls if null.grid_nats <= grid_nats), key=lambda null: null.grid_nats, default=None
+        )
+        if finer is None:
+            return None
+        limit = float(np.hypot(finer.limit_nats, rounding_noise(grid_nats)))
+        wider = float(np.log(limit / finer.limit_nats))
+        return replace(
+            finer, limit_nats=limit, log_scales=finer.log_scales + wider, mean=finer.mean + wider,
+            farthest_fisher=np.full_like(finer.farthest_fisher, np.nan),
+        )  # fmt: skip
 
 
 def build_library(
@@ -206,10 +225,14 @@ def build_library(
             for s in bank
         ]
     )  # fmt: skip
-    grids = [grid_step(top.values) for top in tops]
+    # Grids are those of the recorded values: what is rounded once more for this endpoint keeps its kind.
+    grids = [
+        grid_step(own_top(bundle.logprobs_nats[bundle.stack_index[s.id]].astype(np.float64)[rows], top_k)[1])
+        for s in honest
+    ]
     kinds: list[float] = []
-    for grid in sorted(grids):
-        if not any(same_grid(grid, kind) for kind in kinds):
+    for grid in sorted(grids, reverse=True):
+        if not any(fits_grid(grid, kind) for kind in kinds):
             kinds.append(grid)
     return Library(
         bundle=bundle,
@@ -227,7 +250,7 @@ def build_library(
         honest_log_scales=honest_scales,
         variant_log_scales=variant_scales,
         nulls=[
-            _null(kind, [i for i, grid in enumerate(grids) if same_grid(grid, kind)], honest, honest_scales, tops, bank,
+            _null(kind, [i for i, grid in enumerate(grids) if fits_grid(grid, kind)], honest, honest_scales, tops, bank,
                   differences, unit_of_row, n, policy)
             for kind in kinds
         ],
@@ -267,8 +290,10 @@ def _null(
     classes: dict[str, list[int]] = {}
     for i in stacks:
         classes.setdefault(honest[i].precision.activations, []).append(i)
+    # How much quieter than this a stack is says nothing of how noisy another one may be.
+    heard = np.maximum(means, np.log(policy.null_scale_floor_nats / QUIETER))
     limits = {
-        name: class_limit(means[members], margin=policy.stack_margin, coverage=policy.stack_coverage)
+        name: class_limit(heard[members], margin=policy.stack_margin, coverage=policy.stack_coverage)
         for name, members in classes.items()
     }
     noisiest = max(limits, key=lambda name: limits[name])

@@ -1,7 +1,6 @@
 """From findings to a verdict, under a policy."""
 
 from weighbridge import __version__
-from weighbridge.canonical import canonical_bytes, rounded, sha256_hex
 from weighbridge.judge.answers import line_up
 from weighbridge.judge.case import Case, Check
 from weighbridge.judge.faults import explain
@@ -62,7 +61,12 @@ def is_decided(case: Case) -> bool:
 
 
 def judge(
-    case: Case, *, requests_sent: int, stopped_because: str, all_observations: list[Observation]
+    case: Case,
+    *,
+    requests_sent: int,
+    stopped_because: str,
+    all_observations: list[Observation],
+    observations_sha256: str,
 ) -> tuple[Findings, Verdict]:
     """Run every check and put the findings together.
 
@@ -75,7 +79,9 @@ def judge(
     stopped_because : str
         Why no more requests were sent.
     all_observations : list of Observation
-        What the verdict is bound to by hash, and what was paid for.
+        What was paid for.
+    observations_sha256 : str
+        Of observations.jsonl: what the verdict is bound to.
     """
     findings = [check(case) for check in CHECKS]
     by_axis = {finding.axis: finding for finding in findings}
@@ -90,7 +96,6 @@ def judge(
     prompt_tokens = sum(o.prompt_tokens or 0 for o in all_observations)
     completion_tokens = sum(o.completion_tokens or 0 for o in all_observations)
     price = case.plan.endpoint.price
-    observed = [rounded(o.model_dump(mode="json", by_alias=True)) for o in all_observations]
     verdict = Verdict(
         weighbridge_version=__version__,
         verdict=word,
@@ -111,7 +116,7 @@ def judge(
         cost_usd=price.cost_usd(prompt_tokens, completion_tokens) if price is not None else None,
         stopped_because=stopped_because,
         endpoint_refused=case.capability.refused is not None,
-        observations_sha256=sha256_hex(canonical_bytes(observed)),
+        observations_sha256=observations_sha256,
     )
     return Findings(weighbridge_version=__version__, capability=case.capability, findings=findings), verdict
 

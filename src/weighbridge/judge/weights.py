@@ -89,7 +89,8 @@ def nearest(evidence: WeightEvidence, library: Library, policy: Policy) -> tuple
     variant's residual is subtracted. Its family: the whole interval of the mean is, since few answers point anywhere.
     """
     best = int(np.argmax(mean_cosines(evidence)[: len(library.variants)]))
-    family = _cosine_interval(evidence, best)[1] >= policy.family_cosine
+    # It is the best of many: the interval is widened for all of them (Bonferroni).
+    family = _cosine_interval(evidence, best, 1 - (1 - CONFIDENCE) / len(library.variants))[1] >= policy.family_cosine
     return best, _explains(evidence, best, policy), bool(family)
 
 
@@ -295,15 +296,17 @@ def effective_precision(library: Library, evidence: WeightEvidence, confidence: 
     if not np.isfinite(value):
         return None
     return Effect(
-        name="effective precision", value=float(value), unit="bits a weight", confidence=confidence,
+        name="effective precision", value=float(value), unit="bits a weight on average", confidence=confidence,
         low=float(low) if np.isfinite(low) else None, high=float(high) if np.isfinite(high) else None,
     )  # fmt: skip
 
 
-def _cosine_interval(evidence: WeightEvidence, index: int) -> tuple[float, float, float]:
+def _cosine_interval(
+    evidence: WeightEvidence, index: int, confidence: float = CONFIDENCE
+) -> tuple[float, float, float]:
     fisher = evidence.features.fisher[index]
     known = fisher[np.isfinite(fisher)]
-    value, low, high = np.tanh(mean_interval(known, CONFIDENCE)) if known.size else (0.0, 0.0, 0.0)
+    value, low, high = np.tanh(mean_interval(known, confidence)) if known.size else (0.0, 0.0, 0.0)
     return float(value), float(low), float(high)
 
 

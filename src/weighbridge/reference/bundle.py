@@ -234,12 +234,10 @@ class Bundle:
     def _find_usable(self, pool: PoolRecord) -> list[str]:
         # A wrong prompt has other likely tokens, which says nothing of the probe.
         asked = [i for i, s in enumerate(self.manifest.stacks) if pool.id in s.pools and s.is_judged]
-        usable = []
-        for probe in pool.probes:
-            rows = np.flatnonzero(self.row_probe == probe)
-            if (np.isfinite(self.logprobs_nats[asked][:, rows, :20]).sum(axis=2) >= 4).all():
-                usable.append(self.manifest.probe_ids[probe])
-        return usable
+        wanted = np.isin(self.row_probe, pool.probes)
+        answered = (np.isfinite(self.logprobs_nats[asked][:, wanted, :20]).sum(axis=2) >= 4).all(axis=0)
+        incomplete_probes = set(self.row_probe[wanted][~answered].tolist())
+        return [self.manifest.probe_ids[probe] for probe in pool.probes if probe not in incomplete_probes]
 
     def columns_of_row(self, row: int) -> dict[str, int]:
         """Column of each token (its bytes in hexadecimal digits); bytes that two tokens share are left out."""

@@ -77,7 +77,7 @@ def direction_plot(details: dict[str, Any]) -> str:
         axes.axvline(0, color=_SOFT, linewidth=0.6)
         axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
         axes.set_xlim(-1, 1.05)
-        axes.set_xlabel("cosine of this endpoint's residual with the variant's")
+        axes.set_xlabel("cosine with this endpoint's residual")
 
     return _svg(
         paint,

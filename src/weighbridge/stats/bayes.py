@@ -11,6 +11,7 @@ from scipy import stats
 Floats = NDArray[np.float64]
 GRID_POINTS = 61
 BISECTIONS = 7
+TAIL = 1e-4  # of the prior, left out on either side
 
 
 def normal_log_density(values: Floats, mean: Floats | float, sd: Floats | float) -> Floats:
@@ -32,15 +33,20 @@ def log_scale_evidence(log_scales: Floats, means: Floats, sd: float, between_sd:
     between_sd, degrees
         Scale and degrees of freedom of u around its centre.
     """
-    offsets = between_sd * np.linspace(-6, 6, GRID_POINTS)
-    prior = stats.t.logpdf(offsets, degrees, scale=between_sd)
-    prior = prior - np.logaddexp.reduce(prior)
-    u = means[:, None] + offsets
-    # Σ (x - u)² = n (x̄ - u)² + Σ (x - x̄)²
     n, mean = log_scales.size, float(log_scales.mean())
+    # Fine where the answers put u, and wide enough for the whole prior.
+    fine = mean + sd / np.sqrt(n) * np.linspace(-8, 8, GRID_POINTS)
+    offsets = between_sd * stats.t.ppf(np.linspace(TAIL, 1 - TAIL, GRID_POINTS), degrees)
+    u = np.unique(np.concatenate([fine, (means[:, None] + offsets).ravel()]))
+    log_prior = np.logaddexp.reduce(
+        stats.t.logpdf(u[None, :], degrees, loc=means[:, None], scale=between_sd), axis=0
+    ) - np.log(means.size)
+    # Σ (x - u)² = n (x̄ - u)² + Σ (x - x̄)²
     within = float(((log_scales - mean) ** 2).sum())
     given = -0.5 * (n * (mean - u) ** 2 + within) / sd**2 - n * (np.log(sd) + 0.5 * np.log(2 * np.pi))
-    return float(np.logaddexp.reduce((given + prior).ravel()) - np.log(means.size))
+    steps = np.diff(u)
+    widths = np.concatenate([[steps[0]], steps[1:] + steps[:-1], [steps[-1]]]) / 2  # of the trapezoidal rule
+    return float(np.logaddexp.reduce(given + log_prior + np.log(widths)))
 
 
 def tempering(null_log_ratios: Floats) -> float:
@@ -58,7 +64,7 @@ def tempering(null_log_ratios: Floats) -> float:
     """
 
     def too_much(power: float) -> bool:
-        return float(np.exp(power * null_log_ratios).mean(axis=1).max()) > 1
+        return bool(np.logaddexp.reduce(power * null_log_ratios, axis=1).max() > np.log(null_log_ratios.shape[1]))
 
     if not too_much(1.0):
         return 1.0

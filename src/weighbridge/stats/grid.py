@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-STEPS_NATS = tuple(2.0**-power for power in range(1, 10))  # coarsest first
-DECIMAL_STEPS_NATS = (0.1, 0.01, 0.001)
+STEPS_NATS = tuple(2.0**-power for power in range(-3, 10))  # coarsest first
+DECIMAL_STEPS_NATS = (0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
 TOLERANCE = 0.02  # of a step; gaps without a grid come this near by chance in 4 % of cases
 SHARE_ON_GRID = 0.95
 MIN_GAPS = 10
@@ -45,15 +45,20 @@ def grid_step(logprobs_nats: Floats) -> float:
     return 0.0
 
 
-def same_grid(one: float, other: float) -> bool:
-    """Whether two grids are of one kind: both absent or negligible, or at most a factor of two apart.
+def fits_grid(endpoint_nats: float, recorded_nats: float) -> bool:
+    """Whether lists on one grid may be compared with stacks on another: both have none to speak of, or the endpoint's is no coarser.
 
-    The step of a 16-bit logit doubles with each power of two of its size, so one model shows neighbouring steps.
+    A finer one, down to half, occurs where the answers so far have smaller logits. A coarser one is a rounding that no stack had.
     """
-    coarse = [step > NEGLIGIBLE_STEP_NATS for step in (one, other)]
+    coarse = [step > NEGLIGIBLE_STEP_NATS for step in (endpoint_nats, recorded_nats)]
     if not all(coarse):
         return not any(coarse)
-    return bool(abs(np.log2(one / other)) <= 1.0)
+    return bool(recorded_nats / 2 <= endpoint_nats <= recorded_nats)
+
+
+def rounding_noise(step_nats: float) -> float:
+    """Standard deviation of rounding to a grid: step / √12, the error being uniform over one step."""
+    return float(step_nats / np.sqrt(12))
 
 
 def round_to_bfloat16(values: Floats) -> Floats:

@@ -10,7 +10,7 @@ Floats = NDArray[np.float64]
 def effective_bits(log_scales: Floats, ladder_bits: Floats, ladder_log_scales: Floats) -> Floats:
     """Bits a weight whose rounding makes that much noise, interpolated between measured variants of the model.
 
-    The measured points are made monotone first (isotonic regression, least squares), since formats of equal width differ;
+    Variants of equal width are averaged and the points made monotone (isotonic regression, least squares), since formats differ;
     between neighbouring points log s falls linearly with the bits. Nothing is extrapolated.
 
     Parameters
@@ -32,9 +32,10 @@ def effective_bits(log_scales: Floats, ladder_bits: Floats, ladder_log_scales: F
     """
     if ladder_bits.size < 2:
         raise ValueError("a ladder needs two variants")
-    order = np.argsort(ladder_bits, kind="stable")
-    bits = ladder_bits[order]
-    fitted = np.asarray(optimize.isotonic_regression(ladder_log_scales[order], increasing=False).x)
+    bits, rung = np.unique(ladder_bits, return_inverse=True)
+    times = np.bincount(rung)
+    at_bits = np.bincount(rung, weights=ladder_log_scales) / times
+    fitted = np.asarray(optimize.isotonic_regression(at_bits, weights=times, increasing=False).x)
     # One point for each level of the fit: in the middle of the bits that share it.
     levels = np.unique(fitted)
     middles = np.array([bits[fitted == level].mean() for level in levels])
