@@ -87,7 +87,7 @@ def rank_uniformity(
         uniform = generator.random(len(probes))
         r = ((own[:, None] > theirs).sum(axis=1) + uniform * (own[:, None] == theirs).sum(axis=1)) / references
         rejected += stats.cramervonmises(r, "uniform").pvalue < alpha
-    return rejected / audits
+    return float(rejected / audits)
 
 
 def greedy_margin(reference_nats: Floats, answers: Ints, clip: float = 0.5) -> Floats:

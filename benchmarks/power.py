@@ -305,12 +305,12 @@ def eight_bit_caches(
         median, p90 = quantiles(reached)
         rows[label] = {"median": median, "p90": p90, "limit_nats": null.limit_nats, "noise_nats": float(np.exp(features_of(aligned).log_scales.mean())), "power": {str(n): float((reached <= n).mean()) for n in BUDGETS}}  # fmt: skip
     document.reported["eight_bit_kv_cache"] = rows
-    against_twin = [row["median"] for label, row in rows.items() if label.startswith("honest twin")]
-    if against_twin:
-        worst = max(float(str(m)) for m in against_twin)
-        document.figures["kv_cache_8_bit_against_twin_median"] = Figure(
-            worst, "requests, the worst engine", "<= 150", worst <= 150
-        )
+    for label, row in rows.items():
+        if label.startswith("honest twin"):
+            median = float(str(row["median"]))
+            engine = label.rsplit(" ", 1)[1].split("-")[0]
+            name = f"kv_cache_8_bit_against_twin_{engine}_median"
+            document.figures[name] = Figure(median, f"requests; {label}", "<= 150", median <= 150)
 
 
 def naming(
@@ -478,9 +478,14 @@ def beside_the_field(
                     reference[chosen], served[chosen], each, audits, ALPHA, generator
                 )
             rows["G-test"][n] = peers.g_test(reference[chosen], served[chosen], each, audits, ALPHA, generator)
-            if n <= len(served):
-                own = generator.permutation(len(served))[:n]
-                rows["RUT"][n] = peers.rank_uniformity(reference[own], served[own], min(audits, 100), ALPHA, generator)
+            if n <= 1000:
+                # One sample a prompt; beyond the pool a prompt may come again.
+                own = (
+                    generator.permutation(len(served))[:n]
+                    if n <= len(served)
+                    else generator.integers(len(served), size=n)
+                )
+                rows["RUT"][n] = peers.rank_uniformity(reference[own], served[own], 50, ALPHA, generator)
         curves[name] = rows
         exact = (served * np.log(served / reference)).sum(axis=1).mean()
         document.reported[f"text bound {name}"] = (

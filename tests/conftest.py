@@ -63,10 +63,10 @@ def faster(already_known: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> No
     def once(module: Any, name: str) -> None:
         compute = getattr(module, name)
 
-        def known(bundle: Bundle, *rest: Any) -> Any:
-            key = (name, str(bundle.path), bundle.identity.digest, *map(repr, rest))
+        def known(bundle: Bundle, *rest: Any, **more: Any) -> Any:
+            key = (name, str(bundle.path), bundle.identity.digest, *map(repr, rest), repr(more))
             if key not in already_known:
-                already_known[key] = compute(bundle, *rest)
+                already_known[key] = compute(bundle, *rest, **more)
             return already_known[key]
 
         monkeypatch.setattr(module, name, known)

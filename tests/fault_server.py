@@ -212,9 +212,12 @@ def steady_top(count: int) -> list[dict[str, object]]:
 
 
 def well_formed(call: Call) -> None:
-    """A list of the length that was asked for, always the same one."""
+    """A list of the length that was asked for, always the same one but for the last digits, which differ from prompt to prompt."""
     count = call.request.document.get("top_logprobs", 0)
-    call.send_json(200, completion(steady_top(count) if count else None))
+    top = steady_top(count)
+    for entry in top:
+        entry["logprob"] = float(str(entry["logprob"])) - zlib.crc32(call.request.prompt.encode()) * 1e-15
+    call.send_json(200, completion(top if count else None))
 
 
 def first(count: int, good: Answer, then: Answer) -> Answer:

@@ -207,7 +207,7 @@ def test_a_later_choice_leaves_out_what_an_earlier_one_took() -> None:
 
 
 def test_the_bundle_was_recorded_on_these_pools(bundle: Bundle) -> None:
-    assert [pool.id for pool in bundle.manifest.pools] == ["chat-one-token", "banded-one-token", "short-answer", "forced-text", "long-context"]  # fmt: skip
+    assert [pool.id for pool in bundle.manifest.pools] == ["chat-one-token", "banded-one-token", "short-answer", "forced-text", "long-context", "greedy-text"]  # fmt: skip
     for recorded in bundle.manifest.pools:
         pool = pool_of(bundle, recorded.level)
         assert pool.identity == load_pool(recorded.id).identity
@@ -251,12 +251,27 @@ def test_every_eighth_token_of_a_forced_text_is_scored(bundle: Bundle) -> None:
 
 def test_one_token_probes_are_scored_once_after_their_last_token(bundle: Bundle) -> None:
     for recorded in bundle.manifest.pools:
-        if recorded.level == "L1":
+        if recorded.level in ("L1", "L2"):
             continue
         lengths = np.diff(bundle.prompt_offsets)[recorded.probes]
         rows = [bundle.row_index[bundle.manifest.probe_ids[i]] for i in recorded.probes]
         assert (bundle.row_position[rows] == lengths - 1).all()
         assert (np.bincount(bundle.row_probe, minlength=len(bundle.manifest.probe_ids))[recorded.probes] == 1).all()
+
+
+def test_short_answers_are_scored_at_every_third_of_their_tokens(bundle: Bundle) -> None:
+    pool = load_pool("greedy-text")
+    for probe in pool.probes:
+        assert probe.messages[-1].role == "assistant"
+        index = bundle.probe_index[probe.id]
+        length = int(np.diff(bundle.prompt_offsets)[index])
+        places = bundle.row_position[bundle.row_probe == index]
+        assert (np.diff(places) == pool.description.score_every).all()
+        assert length - bundle.answer_tokens(probe.id) - 1 == places[0]
+        assert bundle.scored_tokens(probe.id) <= bundle.answer_tokens(probe.id) == 24
+        # It is the reference's own likeliest answer: each token that is scored stands first in the reference's row.
+        for row, place in zip(np.flatnonzero(bundle.row_probe == index), places, strict=True):
+            assert bundle.token_ids[row, 0] == bundle.prompt_ids[bundle.prompt_offsets[index] + place + 1]
 
 
 # -- the draw --------------------------------------------------------------------------------------------------
@@ -369,7 +384,7 @@ def test_probes_that_are_not_text_are_a_configuration_error(tmp_path: Path) -> N
     [
         ('schema = "weighbridge/pool/2"', 'schema = "weighbridge/pool/1"', "schema"),
         ('level = "L3"', "", "level"),
-        ('level = "L3"', 'level = "L2"', "level"),
+        ('level = "L3"', 'level = "L6"', "level"),
         ('level = "L3"', 'level = "L1"\nscore_every = 0', "score_every"),
         ('id = "mine"', 'id = "../mine"', "id"),
         ('id = "mine"', 'id = "Mine"', "id"),

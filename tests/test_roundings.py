@@ -20,6 +20,7 @@ from weighbridge.reference.roundings import (
 )
 
 NAMES = sorted(WEIGHT_ROUNDINGS)
+TENSOR = ("int8-tensor", "fp8-e4m3-tensor")  # one scale for a whole matrix
 SYMMETRIC = [name for name in NAMES if name.startswith("int") and "asym" not in name]
 ASYMMETRIC = [name for name in NAMES if "asym" in name]
 NF4 = [name for name in NAMES if name.startswith("nf4")]
@@ -91,7 +92,7 @@ def test_a_grid_that_holds_its_largest_value_rounds_to_the_same_twice(name: str,
     np.testing.assert_allclose(WEIGHT_ROUNDINGS[name].apply(once), once, rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TENSOR])
 @given(values=matrices())
 @settings(max_examples=15, deadline=None)
 def test_rows_are_rounded_alone_and_groups_that_do_not_divide_a_row_end_with_it(name: str, values: Matrix) -> None:
@@ -104,7 +105,17 @@ def test_rows_are_rounded_alone_and_groups_that_do_not_divide_a_row_end_with_it(
         assert np.array_equal(alone.astype(np.float64), after)
 
 
-@pytest.mark.parametrize("name", SYMMETRIC)
+@pytest.mark.parametrize("name", TENSOR)
+@given(values=matrices())
+@settings(max_examples=15, deadline=None)
+def test_one_scale_for_a_matrix_is_one_scale_for_a_row_that_is_the_matrix(name: str, values: Matrix) -> None:
+    whole = WEIGHT_ROUNDINGS[name].apply(values)
+    row = WEIGHT_ROUNDINGS[name.removesuffix("-tensor")].apply(values.reshape(1, -1))
+    assert np.array_equal(whole, row.reshape(values.shape))
+    assert WEIGHT_ROUNDINGS[name].bits_per_weight(576) == 8
+
+
+@pytest.mark.parametrize("name", [name for name in SYMMETRIC if name not in TENSOR])
 @given(values=matrices())
 @settings(max_examples=25, deadline=None)
 def test_symmetric_integers_are_multiples_of_the_stored_scale_and_nearest(name: str, values: Matrix) -> None:

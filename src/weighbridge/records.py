@@ -157,7 +157,12 @@ class Policy(Record):
     score_cap: float = Field(gt=1, description="the most that one request may count, before normalising")
     direction_floor_cosine: float = Field(gt=0, lt=1)
     direction_margin_cosine: float = Field(ge=0, lt=1)
-    exact_name_cosine: float = Field(gt=0, lt=1)
+    exact_name_cosine: float = Field(
+        gt=0, lt=1, description="a variant is named from this cosine, if nothing honest is exceeded by what it leaves"
+    )
+    exact_name_cosine_alone: float = Field(
+        gt=0, lt=1, description="a variant is named from this cosine, whatever it leaves"
+    )
     family_cosine: float = Field(gt=0, lt=1)
     min_answers: int = Field(ge=2, description="no `differs` from fewer answers")
     min_answers_consistent: int = Field(ge=2, description="no `consistent` from fewer answers")

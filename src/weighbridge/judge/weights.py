@@ -20,6 +20,7 @@ CONFIDENCE = 0.95
 SLOPE_TOLERANCE = 0.1
 ANSWERED_SHARE = 0.9  # of the probes asked: what an endpoint leaves out may be what would tell
 HONEST_LOOKING_SHARE = 0.25
+KNOWN_SHARE = 0.75  # of the answers must be comparable with a departure before it is said to explain them
 LOG10 = float(np.log(10))
 
 
@@ -86,7 +87,8 @@ def nearest(evidence: WeightEvidence, library: Library, policy: Policy) -> tuple
     """The variant with the largest mean cosine; whether it is exactly named; whether its family is.
 
     Exactly: the mean cosine is large enough and nothing that an honest stack would not have is left once the
-    variant's residual is subtracted. Its family: the whole interval of the mean is, since few answers point anywhere.
+    variant's residual is subtracted; or the cosine is so large that it leaves room for nothing else (what is far from the
+    reference amplifies an engine's own noise). Its family: the whole interval of the mean is, since few answers point anywhere.
     """
     best = int(np.argmax(mean_cosines(evidence)[: len(library.variants)]))
     # It is the best of many: the interval is widened for all of them (Bonferroni).
@@ -104,8 +106,17 @@ def explaining_rendering(evidence: WeightEvidence, library: Library, policy: Pol
 
 
 def _explains(evidence: WeightEvidence, index: int, policy: Policy) -> bool:
-    honest_remainder = evidence.log_remainder[index].max() < np.log(policy.differs_e_value)
-    return bool(honest_remainder and mean_cosines(evidence)[index] >= policy.exact_name_cosine)
+    known = int(np.isfinite(evidence.features.fisher[index]).sum())
+    if known < max(policy.min_answers, KNOWN_SHARE * evidence.answers):
+        return False
+    cosine = mean_cosines(evidence)[index]
+    least = policy.exact_name_cosine if _leaves_nothing(evidence, index, policy) else policy.exact_name_cosine_alone
+    return bool(cosine >= least)
+
+
+def _leaves_nothing(evidence: WeightEvidence, index: int, policy: Policy) -> bool:
+    """Whether what is left once a residual is subtracted is within honest noise."""
+    return bool(evidence.log_remainder[index].max() < np.log(policy.differs_e_value))
 
 
 def is_mixed(evidence: WeightEvidence) -> bool:
@@ -235,7 +246,8 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
         if is_mixed(evidence):
             cause, text = "partial_routing", "some answers are the reference's and some are not; " + nearby
         elif exact:
-            cause, text = variant.departure, f"{nearby} and nothing else is left: {variant.description}"
+            rest = "nothing else is left" if _leaves_nothing(evidence, best, policy) else "little else is left"
+            cause, text = variant.departure, f"{nearby} and {rest}: {variant.description}"
         elif family:
             cause, text = variant.departure, f"{nearby}, but not only at it: of the family {variant.departure_class}"
         else:
