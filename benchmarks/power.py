@@ -4,7 +4,7 @@ Thresholds come from the policy and from the recorded rows of honest stacks (the
 is taken out of the library, and departures really served over HTTP on engines other than the recording one (served.py). Audits are drawn
 again and again from these answers, as the keyed draw of an audit would draw them.
 
-    python benchmarks/power.py [--quick] [--seed 1] [--json] [--plot reports/power.svg]
+    python benchmarks/power.py [--quick] [--seed 1] [--json] [--out reports]
 
 Needs the extras lab and hf; model-equality-testing (extra bench) is held against our count-based form of its statistic where installed.
 """
@@ -664,14 +664,54 @@ def plot(curves: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
         )
 
 
+def table(document: Document, curves: dict[str, dict[str, dict[int, float]]]) -> str:
+    """The figures, the requests and the field's powers as Markdown."""
+    lines = [
+        "# benchmarks/power.py",
+        "",
+        f"Commit {document.as_json()['commit'][:12]}. Bundle smollm2-135m-instruct.",
+        "",
+        "| | figure | value | target |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {'holds' if f.holds else '**missed**'} | {name.replace('_', ' ')} ({f.unit}) | {f.value:.4g} | {f.target} |"
+        for name, f in document.figures.items()
+    ]
+    lines += [
+        "",
+        "Requests to e ≥ 1000, over HTTP:",
+        "",
+        "| served | noise, nats | limit | median | 90 % |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['noise_nats']:.3f} | {row['limit_nats']:.3f} | {row['median']:g} | {row['p90']:g} |"
+        for name, row in document.reported["requests_to_1000"].items()
+    ]
+    for name, methods in curves.items():
+        budgets = sorted({n for curve in methods.values() for n in curve})
+        lines += [
+            "",
+            f"Power at an error rate of 1/1000 by one-token requests: {name}, on bfloat16 arithmetic",
+            "",
+            "| method | " + " | ".join(map(str, budgets)) + " |",
+            "|---|" + "---|" * len(budgets),
+        ]
+        lines += [
+            f"| {m} | " + " | ".join(f"{c[n]:.2f}" if n in c else "" for n in budgets) + " |"
+            for m, c in methods.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--write", type=Path, help="also write the JSON document here")
+    parser.add_argument("--out", type=Path, help="also write power.json, power.md and power.svg into this folder")
     arguments = parser.parse_args()
     generator = np.random.default_rng(arguments.seed)
     bundle, policy = load_bundle("smollm2-135m-instruct"), load_policy("strict")
@@ -698,10 +738,13 @@ def main() -> int:
     say("levels")
     levels(document, bundle, [s for s in (*HONEST, *DEPARTURES) if s.name in AT_ALL_LEVELS], policy, draws, generator)
     judging(document, bundle, policy)
-    if arguments.plot is not None:
-        plot(curves, arguments.plot)
-    if arguments.write is not None:
-        arguments.write.write_text(json.dumps(document.as_json(), indent=1, sort_keys=True) + "\n", "utf-8")
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        plot(curves, arguments.out / "power.svg")
+        (arguments.out / "power.json").write_text(
+            json.dumps(document.as_json(), indent=1, sort_keys=True) + "\n", "utf-8"
+        )
+        (arguments.out / "power.md").write_text(table(document, curves), "utf-8")
     return document.print(arguments.json)
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from weighbridge.errors import BundleError
 from weighbridge.records import LogprobLevel, Policy
 from weighbridge.reference.bundle import Bundle, PoolRecord, StackRecord, unfit_to_judge
-from weighbridge.stats.grid import fits_grid, grid_step, round_to_bfloat16, rounding_noise
+from weighbridge.stats.grid import fits_grid, grid_step, kind_of_grid, round_to_bfloat16, rounding_noise
 from weighbridge.stats.honest import MIN_STACKS, class_limit
 from weighbridge.stats.residuals import (
     centred_difference,
@@ -227,7 +227,9 @@ def build_library(
     )  # fmt: skip
     # Grids are those of the recorded values: what is rounded once more for this endpoint keeps its kind.
     grids = [
-        grid_step(own_top(bundle.logprobs_nats[bundle.stack_index[s.id]].astype(np.float64)[rows], top_k)[1])
+        kind_of_grid(
+            grid_step(own_top(bundle.logprobs_nats[bundle.stack_index[s.id]].astype(np.float64)[rows], top_k)[1])
+        )
         for s in honest
     ]
     kinds: list[float] = []

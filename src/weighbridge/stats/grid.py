@@ -45,15 +45,18 @@ def grid_step(logprobs_nats: Floats) -> float:
     return 0.0
 
 
+def kind_of_grid(step_nats: float) -> float:
+    """The grid, or 0 where it is too fine to matter."""
+    return step_nats if step_nats > NEGLIGIBLE_STEP_NATS else 0.0
+
+
 def fits_grid(endpoint_nats: float, recorded_nats: float) -> bool:
     """Whether lists on one grid may be compared with stacks on another: both have none to speak of, or the endpoint's is no coarser.
 
     A finer one, down to half, occurs where the answers so far have smaller logits. A coarser one is a rounding that no stack had.
     """
-    coarse = [step > NEGLIGIBLE_STEP_NATS for step in (endpoint_nats, recorded_nats)]
-    if not all(coarse):
-        return not any(coarse)
-    return bool(recorded_nats / 2 <= endpoint_nats <= recorded_nats)
+    endpoint, recorded = kind_of_grid(endpoint_nats), kind_of_grid(recorded_nats)
+    return bool(recorded / 2 <= endpoint <= recorded)
 
 
 def rounding_noise(step_nats: float) -> float:
