@@ -6,12 +6,14 @@ probability of guilt, and both are conditional on the list.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from weighbridge.judge.library import Library, travels
+from weighbridge.judge.library import Library, Null, travels
 from weighbridge.judge.sizes import WeightEvidence, sampling_process, size_process
 from weighbridge.records import Cause, Finite, Policy, Record
 from weighbridge.reference.bundle import StackRecord
@@ -95,32 +97,55 @@ def _row(cause: Cause, log_e: float, log_bf: float | None) -> CauseEvidence:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Model:
+    """What a recorded departure would show, and how far its likelihood ratio may be trusted."""
+
+    mean: float
+    sd: float
+    between_sd: float
+    fisher_mean: float | None  # None where its direction does not carry over to another engine
+    fisher_sd: float
+    power: float
+
+
+@lru_cache(maxsize=4)
+def _models(library: Library, null: Null) -> list[_Model]:
+    """One for each thing in the bank; the same for every audit against this null."""
+    out = []
+    for w, stack in enumerate(library.bank):
+        blurred = travels(stack) and bool(np.isfinite(null.travelled_log_scales[w]).any())
+        sizes = null.travelled_log_scales[w] if blurred else library.variant_log_scales[w][None]
+        mean, sd = float(np.nanmean(sizes)), max(float(np.nanstd(sizes)), null.sd)
+        ratios = normal_log_density(null.log_scales, mean, sd) - normal_log_density(null.log_scales, null.mean, null.sd)
+        z, z_sd = None, float("nan")
+        if blurred:
+            z = float(np.nanmean(null.travelled_fisher[w]))
+            z_sd = max(float(np.nanstd(null.travelled_fisher[w])), float(null.fisher_sd[w]) / 2)
+            ratios = ratios + np.nan_to_num(_ratio(null.fisher[w], z, z_sd, float(null.fisher_sd[w])))
+        out.append(
+            _Model(mean, sd, BETWEEN_SD_TRAVELS if blurred else BETWEEN_SD_OTHERWISE, z, z_sd, tempering(ratios))
+        )
+    return out
+
+
 def _of_bank(
     library: Library, evidence: WeightEvidence, policy: Policy, honest: float
 ) -> Iterator[tuple[StackRecord, float, float]]:
     """Each recorded departure with its log e-value and tempered log Bayes factor."""
     null, features = evidence.null, evidence.features
-    for w, stack in enumerate(library.bank):
-        blurred = travels(stack) and bool(np.isfinite(null.travelled_log_scales[w]).any())
-        sizes = null.travelled_log_scales[w] if blurred else library.variant_log_scales[w][None]
-        mean, sd = float(np.nanmean(sizes)), max(float(np.nanstd(sizes)), null.sd)
-        between = BETWEEN_SD_TRAVELS if blurred else BETWEEN_SD_OTHERWISE
-        multiple = float(np.exp(mean - null.mean))
+    for w, (stack, model) in enumerate(zip(library.bank, _models(library, null), strict=True)):
+        multiple = float(np.exp(model.mean - null.mean))
         parts = [np.zeros_like(evidence.log_size)]
         if multiple > 1:
-            parts = [size_process(null, features.log_scales, policy, (multiple,))]
-        log_bf = log_scale_evidence(features.log_scales, np.array([mean]), sd, between, BETWEEN_DEGREES) - honest
-        null_ratios = normal_log_density(null.log_scales, mean, sd) - normal_log_density(
-            null.log_scales, null.mean, null.sd
-        )
-        if blurred:
+            parts = [size_process(null, features.log_scales, policy, (multiple,), (1.0,))]
+        means = np.array([model.mean])
+        log_bf = log_scale_evidence(features.log_scales, means, model.sd, model.between_sd, BETWEEN_DEGREES) - honest
+        if model.fisher_mean is not None:
             parts.append(evidence.log_by_variant[w])
-            z, z_sd = float(np.nanmean(null.travelled_fisher[w])), float(np.nanstd(null.travelled_fisher[w]))
-            spread = float(null.fisher_sd[w])
-            z_sd = max(z_sd, spread / 2)
-            log_bf += float(np.nansum(_ratio(features.fisher[w], z, z_sd, spread)))
-            null_ratios = null_ratios + np.nan_to_num(_ratio(null.fisher[w], z, z_sd, spread))
-        yield stack, float(mixture(np.array(parts))[-1]), tempering(null_ratios) * log_bf
+            ratio = _ratio(features.fisher[w], model.fisher_mean, model.fisher_sd, float(null.fisher_sd[w]))
+            log_bf += float(np.nansum(ratio))
+        yield stack, float(mixture(np.array(parts))[-1]), model.power * log_bf
 
 
 def _ratio(fisher: Floats, mean: float, sd: float, honest_sd: float) -> Floats:

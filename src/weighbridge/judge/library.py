@@ -36,7 +36,7 @@ def travels(stack: StackRecord) -> bool:
     return precision.activations in FLOATS and precision.kv_cache in FLOATS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Null:
     """What counts as honest for an endpoint whose logprobs lie on one kind of grid.
 
@@ -88,7 +88,7 @@ class Null:
     farthest_fisher: Floats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Library:
     """Residuals of every recorded stack over its own top-k, for the usable probes of a level's pool. R rows of N probes.
 

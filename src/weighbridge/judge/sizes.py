@@ -4,6 +4,7 @@ Everything here is a number or an array; `weighbridge.judge.weights` puts it int
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,7 +185,11 @@ def _slope(residual_nats: Floats, reference_nats: Floats) -> float:
 
 
 def size_process(
-    null: Null, log_scales: Floats, policy: Policy, multiples: tuple[float, ...] = SIZE_MULTIPLES
+    null: Null,
+    log_scales: Floats,
+    policy: Policy,
+    multiples: tuple[float, ...] = SIZE_MULTIPLES,
+    stakes: tuple[float, ...] = STAKES,
 ) -> Floats:
     """Log e-process by size against the honest stacks; the last axis of `log_scales` is the order of the draw."""
     processes, weights = [], []
@@ -192,7 +197,7 @@ def size_process(
         alternative = null.mean + float(np.log(multiple))
         scores = tilted_score(log_scales, null.mean, alternative, null.sd, policy.score_cap)
         honest = tilted_score(null.log_scales, null.mean, alternative, null.sd, policy.score_cap)
-        for stake, weight in zip(STAKES, STAKE_WEIGHTS, strict=True):
+        for stake, weight in zip(stakes, STAKE_WEIGHTS, strict=False):
             processes.append(_bet(scores, honest, policy, stake))
             weights.append(weight)
     return mixture(np.array(processes), np.array(weights))
@@ -238,37 +243,58 @@ def sampling_process(null: Null, features: Features, policy: Policy) -> Floats:
     return mixture(np.array(bets))
 
 
+@dataclass(frozen=True)
+class _Exclusion:
+    """One bet that a departure is not what is served: on which feature, and the scores that the departure would have."""
+
+    by_size: bool
+    null_mean: float
+    alternative: float
+    sd: float
+    scores: Floats
+
+
+@lru_cache(maxsize=4)
+def _exclusions(library: Library, null: Null, stack_margin: float, score_cap: float) -> list[list[_Exclusion]]:
+    """The bets on each variant; the same for every audit against this null. None where nothing can speak of it."""
+    out: list[list[_Exclusion]] = []
+    for variant, recorded, least, spread in zip(
+        library.variants, library.variant_log_scales, null.farthest_fisher, null.fisher_sd, strict=False
+    ):
+        bets = []
+        if float(np.nanmean(recorded)) > null.mean:
+            shifted = recorded - np.log(stack_margin)
+            mean, sd = float(np.nanmean(shifted)), max(float(np.nanstd(shifted)), null.sd)
+            for multiple in HONEST_MULTIPLES:
+                nearer = min(null.mean + float(np.log(multiple)), mean - 0.1)
+                served = tilted_score(shifted[None, :], mean, nearer, sd, score_cap)
+                bets.append(_Exclusion(True, mean, nearer, sd, served))
+        if travels(variant) and np.isfinite(least).any():
+            lowest = float(np.nanmean(least, axis=1).min())
+            if lowest >= np.arctanh(EXCLUDABLE_COSINE):
+                sd = max(float(np.nanstd(least, axis=1).max()), float(spread))
+                served = tilted_score(least, lowest, 0.0, sd, score_cap)
+                # Where a probe's cosine is unknown it may be any.
+                bets.append(_Exclusion(False, lowest, 0.0, sd, np.where(np.isfinite(served), served, score_cap)))
+        out.append(bets)
+    return out
+
+
 def exclusion_processes(
     library: Library, null: Null, features: Features, policy: Policy
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """For each variant: evidence that something nearer to the reference is served, and whether there can be any."""
-    variants = len(library.variants)
-    out = np.zeros((variants, *features.log_scales.shape))
-    excludable = np.zeros(variants, np.bool_)
-    for v, recorded in enumerate(library.variant_log_scales[:variants]):
+    exclusions = _exclusions(library, null, policy.stack_margin, policy.score_cap)
+    out = np.zeros((len(exclusions), *features.log_scales.shape))
+    for v, bets in enumerate(exclusions):
         processes = []
-        shifted = recorded - np.log(policy.stack_margin)
-        mean = float(np.nanmean(shifted))
-        if float(np.nanmean(recorded)) > null.mean:
-            sd = max(float(np.nanstd(shifted)), null.sd)
-            for multiple in HONEST_MULTIPLES:
-                nearer = min(null.mean + float(np.log(multiple)), mean - 0.1)
-                scores = tilted_score(features.log_scales, mean, nearer, sd, policy.score_cap)
-                processes.append(
-                    _bet(scores, tilted_score(shifted[None, :], mean, nearer, sd, policy.score_cap), policy, 1.0)
-                )
-        least = null.farthest_fisher[v]
-        if travels(library.variants[v]) and np.isfinite(least).any():
-            lowest = float(np.nanmean(least, axis=1).min())
-            if lowest >= np.arctanh(EXCLUDABLE_COSINE):
-                sd = max(float(np.nanstd(least, axis=1).max()), float(null.fisher_sd[v]))
-                scores = tilted_score(features.fisher[v], lowest, 0.0, sd, policy.score_cap)
-                served = tilted_score(least, lowest, 0.0, sd, policy.score_cap)
-                processes.append(_bet(scores, np.where(np.isfinite(served), served, policy.score_cap), policy, 1.0))
-        excludable[v] = bool(processes)
+        for bet in bets:
+            values = features.log_scales if bet.by_size else features.fisher[v]
+            scores = tilted_score(values, bet.null_mean, bet.alternative, bet.sd, policy.score_cap)
+            processes.append(_bet(scores, bet.scores, policy, 1.0))
         if processes:
             out[v] = mixture(np.array(processes))
-    return out, excludable
+    return out, np.array([bool(bets) for bets in exclusions])
 
 
 def _bet(scores: Floats, null_scores: Floats, policy: Policy, stake: float) -> Floats:

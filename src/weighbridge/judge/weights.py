@@ -1,5 +1,6 @@
 """Are the weights the weights? Levels L1, L2 and L3: top-k logprobs."""
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -339,25 +340,31 @@ def _more_needed(evidence: WeightEvidence, policy: Policy, n: int) -> str:
     return f"About {max(1, int(np.ceil(min(needed))))} more one-token requests, if the evidence goes on as it came"
 
 
+@lru_cache(maxsize=4)
+def _ladder(library: Library) -> list[dict[str, Any]]:
+    """One row for each family of honest stacks, its noisiest, and one for each departure, however often it was recorded."""
+    honest = sorted(
+        zip(library.honest, library.honest_log_scales, strict=True), key=lambda pair: float(np.nanmean(pair[1]))
+    )
+    rows = {f"honest {stack.family}": (stack.id, stack, scales) for stack, scales in honest}
+    for stack, scales in zip(library.variants, library.variant_log_scales, strict=False):
+        rows.setdefault(name_of(stack), (name_of(stack), stack, scales))
+    ladder = []
+    for name, stack, scales in rows.values():
+        values = scales[np.isfinite(scales)]
+        low, high = np.exp(np.quantile(values, (0.05, 0.95)))
+        ladder.append({
+            "stack": name, "honest": stack in library.honest, "departure": stack.departure, "bits_held": stack.bits_held,
+            "noise_nats": float(np.exp(values.mean())), "p05_nats": float(low), "p95_nats": float(high),
+        })  # fmt: skip
+    return sorted(ladder, key=lambda row: float(row["noise_nats"]))
+
+
 def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, high: float) -> dict[str, Any]:
     """What the report draws: the ladder of recorded stacks, the directions, and the course of the evidence."""
     library, residuals, null, policy = case.library, case.residuals, evidence.null, case.plan.policy
     assert library is not None
     assert residuals is not None
-    ladder = []
-    # One row for each family of honest stacks, its noisiest, and one for each departure, however often it was recorded.
-    loudest = sorted(zip(library.honest, library.honest_log_scales, strict=True), key=lambda pair: -np.nanmean(pair[1]))
-    shown = {stack.family: (stack, row) for stack, row in reversed(loudest)}
-    shown |= {
-        name_of(v): (v, row) for v, row in reversed([*zip(library.variants, library.variant_log_scales, strict=False)])
-    }
-    for stack, row in shown.values():
-        values = row[np.isfinite(row)]
-        ladder.append({
-            "stack": stack.id if stack.departure is None or stack.departure_class in policy.accepts else name_of(stack),
-            "honest": stack in library.honest, "departure": stack.departure, "bits_held": stack.bits_held, "noise_nats": float(np.exp(values.mean())),
-            "p05_nats": float(np.exp(np.quantile(values, 0.05))), "p95_nats": float(np.exp(np.quantile(values, 0.95))),
-        })  # fmt: skip
     directions = []
     for index, stack in enumerate(library.bank):
         mean, below, above = _cosine_interval(evidence, index)
@@ -367,7 +374,7 @@ def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, hig
     return {
         "endpoint_noise_nats": {"value": noise, "low": low, "high": high},
         "null_scale_nats": null.limit_nats,
-        "ladder": sorted(ladder, key=lambda row: float(row["noise_nats"])),
+        "ladder": _ladder(library),
         "directions": directions,
         "course": [
             {

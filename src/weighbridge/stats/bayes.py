@@ -4,9 +4,11 @@ These are statements under a model, beside the e-values, which need none: answer
 log s to be normal around the stack's mean, and the Fisher transform of the cosine with a departure to be normal.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 Floats = NDArray[np.float64]
 GRID_POINTS = 61
@@ -36,17 +38,27 @@ def log_scale_evidence(log_scales: Floats, means: Floats, sd: float, between_sd:
     n, mean = log_scales.size, float(log_scales.mean())
     # Fine where the answers put u, and wide enough for the whole prior.
     fine = mean + sd / np.sqrt(n) * np.linspace(-8, 8, GRID_POINTS)
-    offsets = between_sd * stats.t.ppf(np.linspace(TAIL, 1 - TAIL, GRID_POINTS), degrees)
-    u = np.unique(np.concatenate([fine, (means[:, None] + offsets).ravel()]))
-    log_prior = np.logaddexp.reduce(
-        stats.t.logpdf(u[None, :], degrees, loc=means[:, None], scale=between_sd), axis=0
-    ) - np.log(means.size)
+    u = np.unique(np.concatenate([fine, (means[:, None] + between_sd * _quantiles(degrees)).ravel()]))
+    standard = (u[None, :] - means[:, None]) / between_sd
+    density = _log_t_constant(degrees) - (degrees + 1) / 2 * np.log1p(standard**2 / degrees) - np.log(between_sd)
+    log_prior = np.logaddexp.reduce(density, axis=0) - np.log(means.size)
     # Σ (x - u)² = n (x̄ - u)² + Σ (x - x̄)²
     within = float(((log_scales - mean) ** 2).sum())
     given = -0.5 * (n * (mean - u) ** 2 + within) / sd**2 - n * (np.log(sd) + 0.5 * np.log(2 * np.pi))
     steps = np.diff(u)
     widths = np.concatenate([[steps[0]], steps[1:] + steps[:-1], [steps[-1]]]) / 2  # of the trapezoidal rule
     return float(np.logaddexp.reduce(given + log_prior + np.log(widths)))
+
+
+@lru_cache
+def _quantiles(degrees: int) -> Floats:
+    return np.asarray(special.stdtrit(degrees, np.linspace(TAIL, 1 - TAIL, GRID_POINTS)))
+
+
+@lru_cache
+def _log_t_constant(degrees: int) -> float:
+    """Log of what makes Student's density integrate to 1."""
+    return float(special.gammaln((degrees + 1) / 2) - special.gammaln(degrees / 2) - 0.5 * np.log(degrees * np.pi))
 
 
 def tempering(null_log_ratios: Floats) -> float:
