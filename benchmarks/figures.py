@@ -1,6 +1,7 @@
 """The document that every benchmark prints: figures with targets, and what is only reported."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -36,8 +37,8 @@ class Document:
             "schema": f"weighbridge/benchmark/{self.name}/1",
             "commit": _commit(),
             "machine": f"{platform.system()} {platform.machine()}, {_processors()} processors, Python {platform.python_version()}",
-            "figures": {name: asdict(figure) for name, figure in self.figures.items()},
-            "reported": self.reported,
+            "figures": _finite({name: asdict(figure) for name, figure in self.figures.items()}),
+            "reported": _finite(self.reported),
         }
 
     def print(self, as_json: bool) -> int:
@@ -53,6 +54,15 @@ class Document:
             for name, value in self.reported.items():
                 print(f"       {name}: {value}")
         return 0 if holds else 1
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value: what is not reached is null, since JSON knows no infinity."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(line: str) -> None:

@@ -657,7 +657,7 @@ def plot(curves: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
             axis.set_xlabel("one-token requests")
         for axis in (axes[0], axes[2]):
             axis.set_ylabel("power at an error rate of 1/1000")
-        axes[3].legend(frameon=False, loc="lower right", fontsize=8)
+        axes[0].legend(frameon=False, loc="center right", fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.savefig(
             path, format=path.suffix.lstrip("."), metadata={"Date": None} if path.suffix == ".svg" else None
