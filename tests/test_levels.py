@@ -206,6 +206,25 @@ def test_no_single_answer_decides(bundle: Bundle) -> None:
         assert max(log_size[:, 0].max(), by_variant[:, :, 0].max()) < np.log(STRICT.differs_e_value)
 
 
+# -- what a policy accepts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "loudest"), [("kv8", "kv-fp8"), ("int8-ok", "int8-tensor"), ("fp8-ok", None)])
+def test_what_a_policy_accepts_widens_the_limit_by_its_own_noise_and_the_margin(
+    policy: str, loudest: str | None, bundle: Bundle
+) -> None:
+    strict = build_library(bundle, STRICT, 20)
+    lax = build_library(bundle, load_policy(policy), 20)
+    limits = [library.nulls[-1].limit_nats for library in (strict, lax)]
+    assert limits[1] > limits[0]
+    accepted = [i for i, s in enumerate(lax.honest) if s.departure is not None]
+    assert accepted
+    largest = float(np.exp(np.nanmean(lax.honest_log_scales[accepted], axis=1)).max())
+    assert max(null.limit_nats for null in lax.nulls) == pytest.approx(STRICT.stack_margin * largest)
+    if loudest is not None:
+        assert lax.honest[accepted[int(np.nanmean(lax.honest_log_scales[accepted], axis=1).argmax())]].id == loudest
+
+
 # -- what is said before anything is sent ----------------------------------------------------------------------
 
 

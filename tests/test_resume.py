@@ -77,14 +77,23 @@ def front() -> Iterator[Front]:
         yield running
 
 
+def endpoint_file(folder: Path, base_url: str) -> Path:
+    """An endpoint with a sampling seed of its own: a run's seed comes from its id, and which token is drawn may end the turn."""
+    path = folder / f"{base_url.rsplit(':', 1)[1].split('/')[0]}.toml"
+    path.write_text(
+        f'name = "{MODEL_NAME}"\nbase_url = "{base_url}"\nmodel = "{MODEL_NAME}"\nreference = "smollm2-135m-instruct"\n'
+        "extra_body = { seed = 11 }\n"
+    )
+    return path
+
+
 def test_killed_audits_go_on_and_ask_nothing_twice(front: Front, tmp_path: Path) -> None:
     moments = random.Random(20261122)
     run = tmp_path / "run"
     environment = {**os.environ, "WEIGHBRIDGE_HOME": str(tmp_path / "home")}
     with CountingProxy(front) as proxy:
         command = [
-            *CLI, "audit", "--base-url", proxy.url, "--model", MODEL_NAME, "--reference", "smollm2-135m-instruct",
-            "--seed", "killed", "--max-requests", "60", "--out", str(run),
+            *CLI, "audit", str(endpoint_file(tmp_path, proxy.url)), "--seed", "killed", "--max-requests", "60", "--out", str(run),
         ]  # fmt: skip
         kills = 0
         for _ in range(6):
@@ -118,8 +127,7 @@ def test_killed_audits_go_on_and_ask_nothing_twice(front: Front, tmp_path: Path)
         assert times <= answered[body] + interrupted[body]
     uninterrupted = tmp_path / "uninterrupted"
     whole = subprocess.run(
-        [*CLI, "audit", "--base-url", front.base_url, "--model", MODEL_NAME, "--reference", "smollm2-135m-instruct",
-         "--seed", "killed", "--max-requests", "60", "--out", str(uninterrupted)],
+        [*CLI, "audit", str(endpoint_file(tmp_path, front.base_url)), "--seed", "killed", "--max-requests", "60", "--out", str(uninterrupted)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert whole.returncode == 0

@@ -291,7 +291,9 @@ def _null(
     means = np.nanmean(honest_scales, axis=1)
     classes: dict[str, list[int]] = {}
     for i in stacks:
-        classes.setdefault(honest[i].precision.activations, []).append(i)
+        # A departure that the policy accepts is a format of its own, not one more of a kind of arithmetic.
+        name = honest[i].precision.activations if honest[i].departure is None else f"{honest[i].variant}"
+        classes.setdefault(name, []).append(i)
     # How much quieter than this a stack is says nothing of how noisy another one may be.
     heard = np.maximum(means, np.log(policy.null_scale_floor_nats / QUIETER))
     limits = {
