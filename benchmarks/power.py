@@ -32,13 +32,12 @@ from weighbridge.judge.causes import weigh_causes
 from weighbridge.judge.library import Library, Null, build_library, travels
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import answers_to_consistent, answers_to_differ, drawn, put_on
-from weighbridge.judge.sizes import Features, features_of, honest_processes, weigh
+from weighbridge.judge.sizes import Features, against_honest, features_of, weigh
 from weighbridge.judge.verdict import judge, open_case
 from weighbridge.judge.weights import name_of, nearest
 from weighbridge.plan import make_plan
 from weighbridge.records import Capability, Endpoint, LogprobLevel, Observation, Policy
 from weighbridge.reference.bundle import Bundle, StackRecord, load_bundle
-from weighbridge.stats.evidence import mixture
 from weighbridge.stats.grid import grid_step
 
 Floats = NDArray[np.float64]
@@ -125,8 +124,7 @@ def left_out_families(
         families.add(stack.family)
         in_class += null.grid_nats > 0
         features = drawn(features_of(found), draws, generator)
-        log_size, _, log_direction = honest_processes(library, null, features, policy)
-        log_total = mixture(np.array([log_size, log_direction]))
+        log_total = against_honest(library, null, features, policy)
         reached = answers_to_differ(library, null, features, policy)
         differs += int(np.isfinite(reached).sum())
         total += draws

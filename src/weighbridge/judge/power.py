@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from weighbridge.judge.answers import Residuals
 from weighbridge.judge.library import Library, Null, travels
-from weighbridge.judge.sizes import Features, exclusion_processes, features_of, honest_processes
+from weighbridge.judge.sizes import Features, against_honest, exclusion_processes, features_of
 from weighbridge.records import Finite, LogprobLevel, Policy, Record
-from weighbridge.stats.evidence import mixture
 from weighbridge.stats.residuals import own_top
 
 Floats = NDArray[np.float64]
 DRAWS = 200
-FEW_DRAWS = 20
+FEW_DRAWS = 10
 RESOLVED_SHARE = 0.9  # of draws that must reach the level
 LONGEST = 120  # answers: what takes more is not resolvable at a price that anybody pays
 
@@ -91,8 +90,7 @@ def drawn(features: Features, draws: int, generator: np.random.Generator) -> Fea
 
 def answers_to_differ(library: Library, null: Null, features: Features, policy: Policy) -> Floats:
     """After how many answers each draw rejects every honest stack; infinity where they do not suffice."""
-    log_size, _, log_direction = honest_processes(library, null, features, policy)
-    total = mixture(np.array([log_size, log_direction]))
+    total = against_honest(library, null, features, policy)
     return _first(total >= np.log(policy.differs_e_value), policy.min_answers)
 
 

@@ -170,8 +170,29 @@ def _scales(residuals: Residuals, expected_nats: Floats) -> Floats:
 def honest_processes(library: Library, null: Null, features: Features, policy: Policy) -> tuple[Floats, Floats, Floats]:
     """Log e-processes against the honest stacks: by size, by the direction of each thing in the bank, by direction at all."""
     log_size = size_process(null, features.log_scales, policy)
-    by_variant, faint = direction_processes(library, null, features, policy)
-    return log_size, by_variant, mixture(by_variant[faint]) if faint.any() else np.zeros_like(log_size)
+    by_variant = direction_processes(null, features, policy, np.ones(len(library.bank), np.bool_))
+    return log_size, by_variant, log_direction_of(by_variant, faint_variants(library, null))
+
+
+def against_honest(library: Library, null: Null, features: Features, policy: Policy) -> Floats:
+    """Log e-process against the honest stacks, by size and direction together."""
+    log_size = size_process(null, features.log_scales, policy)
+    faint = faint_variants(library, null)
+    by_variant = direction_processes(null, features, policy, faint)
+    return mixture(np.array([log_size, log_direction_of(by_variant, faint)]))
+
+
+def log_direction_of(by_variant: Floats, faint: NDArray[np.bool_]) -> Floats:
+    """The mean of the bets on direction that are placed before any departure is named."""
+    return mixture(by_variant[faint]) if faint.any() else np.zeros(by_variant.shape[1:])
+
+
+def faint_variants(library: Library, null: Null) -> NDArray[np.bool_]:
+    """On which things in the bank bets are placed before any is named: those that size finds slowly."""
+    sizes = np.nanmean(library.variant_log_scales, axis=1)
+    faint = sizes < null.mean + np.log(DIRECTION_UP_TO_MULTIPLE)
+    faint[len(library.variants) :] = False  # a wrong prompt is a question of its own
+    return np.asarray(faint)
 
 
 def _slope(residual_nats: Floats, reference_nats: Floats) -> float:
@@ -203,14 +224,12 @@ def size_process(
     return mixture(np.array(processes), np.array(weights))
 
 
-def direction_processes(
-    library: Library, null: Null, features: Features, policy: Policy
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Log e-process by direction for each thing in the bank, and for which of them bets are placed before any is named."""
+def direction_processes(null: Null, features: Features, policy: Policy, wanted: NDArray[np.bool_]) -> Floats:
+    """Log e-process by direction for each thing in the bank; 0 for those that are not wanted."""
     out = np.zeros(features.fisher.shape)
     for w, fisher in enumerate(features.fisher):
         mean, sd = float(null.fisher_mean[w]), float(null.fisher_sd[w])
-        if not np.isfinite(mean) or sd <= 0:
+        if not wanted[w] or not np.isfinite(mean) or sd <= 0:
             continue
         bets = []
         for cosine in DIRECTION_COSINES:
@@ -220,10 +239,7 @@ def direction_processes(
             # A stack on which a probe's cosine is unknown may have had any.
             bets.append(_bet(scores, np.where(np.isfinite(honest), honest, policy.score_cap), policy, 1.0))
         out[w] = mixture(np.array(bets))
-    sizes = np.nanmean(library.variant_log_scales, axis=1)
-    faint = sizes < null.mean + np.log(DIRECTION_UP_TO_MULTIPLE)
-    faint[len(library.variants) :] = False  # a wrong prompt is a question of its own
-    return out, faint
+    return out
 
 
 def sampling_process(null: Null, features: Features, policy: Policy) -> Floats:
