@@ -122,7 +122,7 @@ def write_pool(
         raise ConfigurationError(f"{folder} already holds a pool", "Choose another folder; a pool is never overwritten")
     description = {
         "schema": "weighbridge/pool/2", "id": pool_id, "version": version, "level": level, "lifecycle": "stable",
-        "visibility": visibility, "family": FAMILIES[level], "motivation": motivation, "score_every": score_every,
+        "visibility": visibility, "family": FAMILIES[level], "motivation": motivation, **({"score_every": score_every} if score_every > 1 else {}),
         "cost": "one request for each probe, and as many completion tokens as its answer" if level == "L2" else "one request and one completion token for each probe",
         "needs": "chat completions" if level in ("L4", "L5") else "chat completions with logprobs", "licence": "Apache-2.0",
     }  # fmt: skip
