@@ -43,7 +43,7 @@ from weighbridge.stats.grid import grid_step
 Floats = NDArray[np.float64]
 LOG10 = float(np.log(10))
 ALPHA = 1e-3
-QUICK = ("llamacpp-int8", "llamacpp-int4-g64", "llamacpp-int8-g32", "llamacpp-kv-q8_0", "transformers-kv-int8", "transformers-int8", "transformers-fp8-e4m3", "transformers-kv-fp8", "transformers-nf4-g64")  # fmt: skip
+QUICK = ("llamacpp-int8", "llamacpp-int4-g64", "transformers-int8", "transformers-kv-fp8")
 SIBLINGS = (
     ("int4-g32", "int4-g64"),
     ("int4-g64", "int4-asym-g64"),
@@ -130,7 +130,9 @@ def left_out_families(
         total += draws
         worst[stack.id] = float(log_total.max() / LOG10)
         needed += answers_to_consistent(library, null, features, policy).tolist()
-        ever_e, ever_bf = ever_ten(library, recorded_answers(bundle, stack), policy, generator, min(draws, 10))
+        ever_e, ever_bf = ever_ten(
+            library, recorded_answers(bundle, stack), policy, generator, 10 if draws > 100 else 3
+        )
         cause_e[stack.id], cause_bf[stack.id] = ever_e, ever_bf
     largest = max(worst.values())
     document.figures["honest_differs"] = Figure(
@@ -733,8 +735,11 @@ def main() -> int:
     validate_peers(document, generator)
     tracker(document, library, generator)
     curves = beside_the_field(document, library, policy, 100 if arguments.quick else 300, generator)
-    say("levels")
-    levels(document, bundle, [s for s in (*HONEST, *DEPARTURES) if s.name in AT_ALL_LEVELS], policy, draws, generator)
+    if not arguments.quick:
+        say("levels")
+        levels(
+            document, bundle, [s for s in (*HONEST, *DEPARTURES) if s.name in AT_ALL_LEVELS], policy, draws, generator
+        )
     judging(document, bundle, policy)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
