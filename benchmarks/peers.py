@@ -32,7 +32,7 @@ def counts(samples: Ints, tokens: int) -> Ints:
 def hamming_mmd(ours: Ints, theirs: Ints, tokens: int) -> Floats:
     """The Hamming-kernel MMD of Model Equality Testing (Gao et al. 2025, section 4) for answers of one token.
 
-    `tests/../benchmarks/power.py` holds it against the authors' own package.
+    `power.py` holds it against the authors' own package.
     """
     one, other = counts(ours, tokens).astype(np.float64), counts(theirs, tokens).astype(np.float64)
     n, m = ours.shape[2], theirs.shape[2]

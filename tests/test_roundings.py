@@ -16,8 +16,8 @@ from weighbridge.reference.roundings import (
     WEIGHT_ROUNDINGS,
     Matrix,
     Rounding,
-    round_bfloat16,
 )
+from weighbridge.stats.grid import round_bfloat16
 
 NAMES = sorted(WEIGHT_ROUNDINGS)
 TENSOR = ("int8-tensor", "fp8-e4m3-tensor")  # one scale for a whole matrix

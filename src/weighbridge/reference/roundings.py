@@ -52,12 +52,6 @@ class Rounding:
         return self.code_bits + self.shared_bits * groups / inputs
 
 
-def round_bfloat16(values: NDArray[np.floating]) -> Matrix:
-    """Round to the nearest bfloat16 (ties to even), returned as float32."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
-
-
 def _in_groups(values: Matrix, group: int | None, rounded: Callable[[Matrix], Matrix]) -> Matrix:
     """Apply a rounding to the groups of each row; the last group of a row may be shorter than the others."""
     rows, columns = values.shape

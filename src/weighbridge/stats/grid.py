@@ -64,11 +64,15 @@ def rounding_noise(step_nats: float) -> float:
     return float(step_nats / np.sqrt(12))
 
 
+def round_bfloat16(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Round to the nearest bfloat16 (ties to even), returned as float32."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
+
+
 def round_to_bfloat16(values: Floats) -> Floats:
-    """The nearest bfloat16 (ties to even) of each value."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    rounded = (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32)
-    return np.asarray(np.where(np.isfinite(values), rounded.view(np.float32).astype(np.float64), np.nan))
+    """The same, as 64-bit floats: logprobs are computed with in these."""
+    return round_bfloat16(values).astype(np.float64)
 
 
 def written_in_bfloat16(logprobs_nats: Floats) -> bool:
