@@ -260,7 +260,7 @@ def sealed_ratio(document: Document, public: Bundle, seed: int, candidates: int)
             for name, local in (SEEN | UNSEEN).items()
         ]
         document_: dict[str, Any] = {
-            "schema": "weighbridge/reference-spec/2", "id": "sealed", "version": 1, "model": "SmolLM2", "model_names": ["SmolLM2"],
+            "schema": "weighbridge/reference-spec/3", "id": "sealed", "version": 1, "model": "SmolLM2", "model_names": ["SmolLM2"],
             "keeper": "a benchmark", "weights": {"source": "the lab", "precision": "bfloat16", "lab": True},
             "pool": [{"name": "pool"}], "stack": stacks,
         }  # fmt: skip

@@ -714,7 +714,7 @@ def test_a_bundle_that_is_not_there_is_one_line(weighbridge_cli: Weighbridge, co
 
 def test_a_build_says_what_it_is_going_to_do(whole: Path, tmp_path: Path) -> None:
     spec = checked(Spec, {
-        "schema": "weighbridge/reference-spec/2", "id": "small", "version": 1, "model": "x", "model_names": [], "keeper": "x",
+        "schema": "weighbridge/reference-spec/3", "id": "small", "version": 1, "model": "x", "model_names": [], "keeper": "x",
         "shard": 4, "weights": {"source": "x", "precision": "x", "folder": "x"},
         "pool": [{"name": "small"}], "stack": [
             {"id": "ref", "description": "x", "local": {}},

@@ -29,7 +29,7 @@ from weighbridge.reference.spec import Spec
 EMBEDDED_NAME = "smollm2-135m-instruct"
 
 SPEC = """
-schema = "weighbridge/reference-spec/2"
+schema = "weighbridge/reference-spec/3"
 id = "small"
 version = 1
 model = "SmolLM2-135M-Instruct"
@@ -229,7 +229,7 @@ def test_a_part_may_be_built_but_nothing_is_judged_against_it(spec: Path) -> Non
         ('[[stack]]\nid = "f32"\nlab_variant = "f32"', '[[stack]]\nid = "f32"\nlab_variant = "q8_0"', "the first stack is the reference"),
         ('departure = "template"\n', "", "departs from the official one: name the departure"),
         ("top_k = 64", "top_k = 5", "top_k"),
-        ("reference-spec/2", "reference-spec/1", "schema"),
+        ("reference-spec/3", "reference-spec/1", "schema"),
     ],
 )  # fmt: skip
 def test_a_spec_that_cannot_be_built_is_refused_before_any_work(spec: Path, old: str, new: str, says: str) -> None:

@@ -35,7 +35,7 @@ DATA = {f"weighbridge/data/{name}" for name in files_below("probes", "reference_
 
 def test_what_a_wheel_has_to_carry_is_in_the_checkout() -> None:
     assert {f"weighbridge/probes/fragments/{name}.toml" for name in ("en", "de", "pl", "code", "long")} <= DATA
-    assert {"weighbridge/schemas/bundle-2.json", "weighbridge/schemas/report-1.json"} <= DATA
+    assert {"weighbridge/schemas/bundle-3.json", "weighbridge/schemas/report-1.json"} <= DATA
     bundle = "weighbridge/data/reference_outputs/smollm2-135m-instruct"
     assert {f"{bundle}/{name}" for name in ("manifest.json", "arrays.npz", "licence.txt")} <= DATA
     assert "weighbridge/data/reference_outputs/specs/licences/apache-2.0.txt" in DATA

@@ -83,7 +83,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spec_of(stacks: list[dict[str, Any]], **changes: Any) -> Spec:
     document = {
-        "schema": "weighbridge/reference-spec/2", "id": "small", "version": 1, "model": "SmolLM2-135M-Instruct", "model_names": [],
+        "schema": "weighbridge/reference-spec/3", "id": "small", "version": 1, "model": "SmolLM2-135M-Instruct", "model_names": [],
         "keeper": "a test", "top_k": 40, "shard": 4, "weights": {"source": "the lab", "precision": "bfloat16", "lab": True},
         "pool": [{"name": "few"}, {"name": "forced"}], "stack": stacks,
         "hypothesis": [{"id": "no-default-system", "cause": "template", "lab_variant": "no-default-system"}],

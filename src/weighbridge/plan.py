@@ -21,7 +21,7 @@ from weighbridge.records import (
     PoolIdentity,
     Probe,
 )
-from weighbridge.reference.bundle import EMBEDDED, Bundle, PoolRecord, unfit_to_judge
+from weighbridge.reference.bundle import EMBEDDED, Bundle, PoolRecord, rendered_id, unfit_to_judge
 
 MOST_CAPABILITY_REQUESTS = 4
 # Of K endpoints that are judged together, one is named only from e ≥ K / 0.01 (e-BH: Wang and Ramdas 2022, JRSS B 84).
@@ -69,7 +69,8 @@ def pool_at_hand(bundle: Bundle, recorded: PoolRecord) -> Pool:
             f"the pool {recorded.id} at hand is not the one that the bundle {bundle.manifest.id} was recorded on",
             f"Use the version of Weighbridge that carries that pool, or put the pool into the bundle's folder as pools/{recorded.id}",
         )
-    unknown = {bundle.manifest.probe_ids[i] for i in recorded.probes} - {probe.id for probe in pool.probes}
+    known = {rendered_id(probe.id, recorded.rendering) for probe in pool.probes}
+    unknown = {bundle.manifest.probe_ids[i] for i in recorded.probes} - known
     if unknown:
         raise BundleError(
             f"the bundle {bundle.manifest.id} names the probe {min(unknown)}, which its pool lacks",

@@ -187,6 +187,7 @@ class Probe(Record):
     id: str = Field(pattern=r"^[a-z0-9-]{1,80}$")
     purpose: str
     messages: list[Message] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = Field(default=None, description="functions that the model is told of")
 
 
 class PlannedRequest(Record):

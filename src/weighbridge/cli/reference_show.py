@@ -43,7 +43,7 @@ def show_command(bundle_name: str, as_json: bool) -> int:
         line(f"nothing can be judged against this bundle alone: {document['incomplete']}")
     for pool in document["pools"]:
         line(
-            f"pool {pool['id']} version {pool['version']} ({pool['level']}): {pool['probes']} probes, {pool['prompt_tokens']} prompt tokens"
+            f"pool {pool['key']} version {pool['version']} ({pool['level']}): {pool['probes']} probes, {pool['prompt_tokens']} prompt tokens"
         )
     line("no licence text" if licence is None else f"licence: {licence.identifier}, from {licence.source}")
     for ask in licence.asks if licence is not None else []:
@@ -63,7 +63,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
         "keeper": manifest.keeper, "built_with": manifest.built_with, "weights": manifest.weights.model_dump(),
         "licence": manifest.licence.model_dump() if manifest.licence is not None else None,
         "pools": [
-            pool.model_dump() | {"probes": len(pool.probes), "prompt_tokens": int(tokens[pool.probes].sum())}
+            pool.model_dump() | {"key": pool.key, "probes": len(pool.probes), "prompt_tokens": int(tokens[pool.probes].sum())}
             for pool in manifest.pools
         ],
         "usable_probes": len(bundle.usable_probe_ids), "top_k": manifest.top_k, "reference_stack": manifest.reference_stack,

@@ -22,8 +22,8 @@ class Residuals:
         To which answer each row belongs.
     endpoint_nats, reference_nats : float array, shape (r, k)
         NaN where a list is shorter than k or a token is to be left out.
-    bank_nats : float array, shape (bank, r, k)
-        The difference from the reference, at the endpoint's tokens, of everything that a residual may point at.
+    bank_nats : float array, shape (V, r, k)
+        The difference of each variant from the reference, at the endpoint's tokens.
     unlisted_nats : float array, shape (r,)
         By how much the likeliest token that the reference does not list exceeds all that it can have there; 0 if
         it does not.
@@ -80,7 +80,7 @@ def line_up(library: Library, observations: list[Observation]) -> Residuals:
         seen.add(whole)
         lists += [(answers, row, top, "bytes_absent" in observation.quirks) for row, top in found]
         answers += 1
-    r, bank = len(lists), len(library.bank)
+    r, bank = len(lists), len(library.variants)
     endpoint_nats = np.full((r, k), np.nan)
     reference_nats = np.full((r, k), np.nan)
     columns = np.full((r, k), -1, np.int64)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from weighbridge.errors import BundleError
 from weighbridge.records import LogprobLevel, Policy
-from weighbridge.reference.bundle import Bundle, PoolRecord, StackRecord, unfit_to_judge
+from weighbridge.reference.bundle import OFFICIAL, Bundle, PoolRecord, StackRecord, unfit_to_judge
 from weighbridge.stats.grid import fits_grid, grid_step, kind_of_grid, round_to_bfloat16, rounding_noise
 from weighbridge.stats.honest import MIN_STACKS, class_limit
 from weighbridge.stats.residuals import (
@@ -94,38 +94,41 @@ class Library:
 
     Attributes
     ----------
+    rendering : str
+        Under which all of it was recorded.
+    bfloat16_logprobs : bool
+        Whether everything recorded was rounded to bfloat16, as the endpoint does.
     probe_ids : list of str
         The usable probes.
     rows, unit_of_row : int array, shape (R,)
         The bundle's row of each row here, and the probe (index into `probe_ids`) that it belongs to.
     honest, variants : list of StackRecord
         The stacks that the policy accepts (without the reference itself), and all others; H and V of them.
-    renderings : list of StackRecord
-        The original weights under another chat template.
     reference_nats : float array, shape (R, top-K)
         The reference's logprobs.
     most_unlisted_nats : float array, shape (R,)
         The most that a token can have in the reference if it is not found there by its bytes: the list's smallest,
         or all that the list's tokens without bytes of their own (special tokens) have together.
-    differences_nats : float array, shape (V + renderings, R, top-K)
-        Each one's logprobs less the reference's.
+    differences_nats : float array, shape (V, R, top-K)
+        Each variant's logprobs less the reference's.
     honest_log_scales : float array, shape (H, N)
         x = log s of each honest stack against the reference, averaged over a probe's rows.
-    variant_log_scales : float array, shape (V + renderings, N)
-        The same of the others.
+    variant_log_scales : float array, shape (V, N)
+        The same of the variants.
     nulls : list of Null
         One for each kind of grid that an honest stack has.
     """
 
     bundle: Bundle
     level: LogprobLevel
+    rendering: str
     top_k: int
+    bfloat16_logprobs: bool
     probe_ids: list[str]
     rows: Ints
     unit_of_row: Ints
     honest: list[StackRecord]
     variants: list[StackRecord]
-    renderings: list[StackRecord]
     reference_nats: Floats
     most_unlisted_nats: Floats
     differences_nats: Floats
@@ -138,11 +141,6 @@ class Library:
         """Engine and compute type of every honest stack, the reference's included."""
         stacks = [s for s in self.bundle.manifest.stacks if s.id == self.bundle.manifest.reference_stack]
         return sorted({stack.family for stack in (*stacks, *self.honest)})
-
-    @property
-    def bank(self) -> list[StackRecord]:
-        """Everything that a residual may point at: variants, then renderings."""
-        return [*self.variants, *self.renderings]
 
     def null_for(self, grid_nats: float) -> Null | None:
         """The null for an endpoint's grid.
@@ -187,18 +185,35 @@ def build_library(
     BundleError
         If the bundle cannot be judged against at this level.
     """
-    pool, problem = bundle.pool_at(level), unfit_to_judge(bundle, level)
+    return _build(bundle, policy, top_k, level, bfloat16_logprobs, None, OFFICIAL)
+
+
+def build_rendered(official: Library, policy: Policy, rendering: str) -> Library | None:
+    """The library under another rendering of the prompts; None where too little was recorded under it.
+
+    Fewer stacks are recorded there, so an honest one is allowed what the official library allows it: more, where those that
+    are recorded are noisier under this rendering, and never less.
+    """
+    bundle, level = official.bundle, official.level
+    if unfit_to_judge(bundle, level, rendering) is not None:
+        return None
+    return _build(bundle, policy, official.top_k, level, official.bfloat16_logprobs, official, rendering)
+
+
+def _build(
+    bundle: Bundle, policy: Policy, top_k: int, level: LogprobLevel, bfloat16_logprobs: bool, official: Library | None, rendering: str,
+) -> Library:  # fmt: skip
+    pool, problem = bundle.pool_at(level, rendering), unfit_to_judge(bundle, level, rendering)
     if problem is not None or pool is None:
         raise BundleError(
             f"the bundle {bundle.manifest.id} cannot be judged against: {problem}", "Record or merge what is missing"
         )
     probe_ids, rows, unit_of_row = _layout(bundle, pool)
     reference = bundle.stack_index[bundle.manifest.reference_stack]
-    recorded = [s for s in bundle.manifest.stacks if s.id != bundle.manifest.reference_stack and pool.id in s.pools]
+    recorded = [s for s in bundle.manifest.stacks if s.id != bundle.manifest.reference_stack and pool.key in s.pools]
     others = [s for s in recorded if s.is_judged]
     honest = [s for s in others if s.departure is None or s.departure_class in policy.accepts]
     variants = [s for s in others if s not in honest]
-    renderings = [s for s in recorded if not s.is_judged]
     if not variants:
         raise BundleError(
             f"the policy {policy.id} accepts every departure that the bundle {bundle.manifest.id} records",
@@ -210,8 +225,7 @@ def build_library(
         return round_to_bfloat16(values) if bfloat16_logprobs else values
 
     reference_rows = values_of(reference)
-    bank = [*variants, *renderings]
-    differences = np.stack([values_of(bundle.stack_index[s.id]) for s in bank]) - reference_rows
+    differences = np.stack([values_of(bundle.stack_index[s.id]) for s in variants]) - reference_rows
     tops = [_Top.of(values_of(bundle.stack_index[s.id]), reference_rows, top_k) for s in honest]
     n = len(probe_ids)
 
@@ -222,7 +236,7 @@ def build_library(
     variant_scales = np.stack(
         [
             scales(_Top.of(values_of(bundle.stack_index[s.id]), reference_rows, top_k).residual)
-            for s in bank
+            for s in variants
         ]
     )  # fmt: skip
     # Grids are those of the recorded values: what is rounded once more for this endpoint keeps its kind.
@@ -239,29 +253,56 @@ def build_library(
     return Library(
         bundle=bundle,
         level=level,
+        rendering=rendering,
         top_k=top_k,
+        bfloat16_logprobs=bfloat16_logprobs,
         probe_ids=probe_ids,
         rows=rows,
         unit_of_row=unit_of_row,
         honest=honest,
         variants=variants,
-        renderings=renderings,
         reference_nats=reference_rows,
         most_unlisted_nats=_most_unlisted(bundle, rows, reference_rows),
         differences_nats=differences,
         honest_log_scales=honest_scales,
         variant_log_scales=variant_scales,
         nulls=[
-            _null(kind, [i for i, grid in enumerate(grids) if fits_grid(grid, kind)], honest, honest_scales, tops, bank,
-                  differences, unit_of_row, n, policy)
+            _null(kind, [i for i, grid in enumerate(grids) if fits_grid(grid, kind)], honest, honest_scales, tops, variants,
+                  differences, unit_of_row, n, policy, None if official is None else _Official.of(official, kind, honest, probe_ids))
             for kind in kinds
         ],
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Official:
+    """What the official library says of a kind of grid.
+
+    ``null`` is its null; ``log_scales`` maps a stack to its mean x under the official rendering, on the probes that were
+    recorded under the other one; ``fisher_mean`` maps a variant to the largest mean cosine that counts as honest.
+    """
+
+    null: Null
+    log_scales: dict[str, float]
+    fisher_mean: dict[str, float]
+
+    @classmethod
+    def of(cls, library: Library, grid_nats: float, honest: list[StackRecord], probe_ids: list[str]) -> "_Official":
+        null = library.null_for(grid_nats) or library.nulls[0]
+        there = {probe_id: i for i, probe_id in enumerate(library.probe_ids)}
+        columns = [there[probe_id] for probe_id in probe_ids if probe_id in there]
+        means = {
+            s.id: float(np.nanmean(scales[columns]))
+            for s, scales in zip(library.honest, library.honest_log_scales, strict=True)
+            if s in honest
+        }
+        return cls(null, means, dict(zip((v.id for v in library.variants), null.fisher_mean.tolist(), strict=True)))
+
+
 def _layout(bundle: Bundle, pool: PoolRecord) -> tuple[list[str], Ints, Ints]:
-    probe_ids = bundle.usable_probes(pool)
-    index = [bundle.probe_index[probe_id] for probe_id in probe_ids]
+    recorded_ids = bundle.usable_probes(pool)
+    index = [bundle.probe_index[probe_id] for probe_id in recorded_ids]
+    probe_ids = [probe_id.split("@")[0] for probe_id in recorded_ids]
     place = {probe: i for i, probe in enumerate(index)}
     rows = np.flatnonzero(np.isin(bundle.row_probe, index))
     return probe_ids, rows.astype(np.int64), np.array([place[p] for p in bundle.row_probe[rows].tolist()], np.int64)
@@ -285,7 +326,7 @@ class _Top:
 
 def _null(
     grid: float, stacks: list[int], honest: list[StackRecord], honest_scales: Floats, tops: list[_Top], bank: list[StackRecord],
-    differences: Floats, unit_of_row: Ints, n: int, policy: Policy,
+    differences: Floats, unit_of_row: Ints, n: int, policy: Policy, official: _Official | None,
 ) -> Null:  # fmt: skip
     """The stacks of one kind of grid, each moved up to the limit of its numeric class (its type of arithmetic)."""
     means = np.nanmean(honest_scales, axis=1)
@@ -302,6 +343,9 @@ def _null(
     }
     noisiest = max(limits, key=lambda name: limits[name])
     limits[noisiest] = max(limits[noisiest], policy.null_scale_floor_nats)
+    if official is not None:
+        noisier = max([0.0, *(means[i] - official.log_scales[honest[i].id] for i in stacks)])
+        limits = dict.fromkeys(limits, official.null.limit_nats * float(np.exp(noisier)))
     class_of = {i: name for name, members in classes.items() for i in members}
     targets = np.log([limits[class_of[i]] for i in stacks])
     own = means[stacks]
@@ -330,6 +374,12 @@ def _null(
     at_most = np.arctanh(
         np.maximum(policy.direction_floor_cosine, np.tanh(mean_z.max(axis=1)) + policy.direction_margin_cosine)
     )
+    centre, between_sd, degrees = float(means[members].mean()), policy.few_stacks_sd, max(1, len(members) - 1)
+    if not few:
+        between_sd = float(means[members].std(ddof=1) * np.sqrt(1 + 1 / len(members)))
+    if official is not None:
+        at_most = np.maximum(at_most, [official.fisher_mean.get(s.id, 0.0) for s in bank])
+        centre, between_sd, degrees = official.null.centre + noisier, official.null.between_sd, official.null.degrees
     return Null(
         grid_nats=grid,
         stacks=np.array(stacks, np.int64),
@@ -338,9 +388,9 @@ def _null(
         mean=float(np.log(limits[noisiest])),
         sd=float(max(np.nanstd(honest_scales[i]) for i in members)),
         means=means[stacks],
-        centre=float(means[members].mean()),
-        between_sd=policy.few_stacks_sd if few else float(means[members].std(ddof=1) * np.sqrt(1 + 1 / len(members))),
-        degrees=max(1, len(members) - 1),
+        centre=centre,
+        between_sd=between_sd,
+        degrees=degrees,
         shape_fisher=np.stack(
             [mean_by_unit(shape_fisher(tops[i].residual, tops[i].reference), unit_of_row, n) for i in stacks]
         ),

@@ -61,7 +61,7 @@ class Features:
 
 @dataclass(frozen=True)
 class WeightEvidence:
-    """The evidence on the weights after each answer; n answers, V variants, W things in the bank (variants and renderings).
+    """The evidence on the weights after each answer; n answers, V variants.
 
     Attributes
     ----------
@@ -73,11 +73,11 @@ class WeightEvidence:
         The grid that its logprobs lie on; 0 for none.
     log_size, log_direction, log_total : float array, shape (n,)
         Log e-processes against the honest library: by size, by direction, and their mean.
-    log_by_variant : float array, shape (W, n)
+    log_by_variant : float array, shape (V, n)
         The part of `log_direction` that bets on each one; 0 where none is placed.
     log_exclusion : float array, shape (V, n)
         Log e-process against "this variant is served, or something at least as far from the reference".
-    log_remainder : float array, shape (W, n)
+    log_remainder : float array, shape (V, n)
         Log e-process by size of what is left once that residual is subtracted.
     slope : float
         Least-squares slope of the endpoint's centred logprobs on the reference's, over all answers. A temperature
@@ -168,9 +168,9 @@ def _scales(residuals: Residuals, expected_nats: Floats) -> Floats:
 
 
 def honest_processes(library: Library, null: Null, features: Features, policy: Policy) -> tuple[Floats, Floats, Floats]:
-    """Log e-processes against the honest stacks: by size, by the direction of each thing in the bank, by direction at all."""
+    """Log e-processes against the honest stacks: by size, by the direction of each variant, by direction at all."""
     log_size = size_process(null, features.log_scales, policy)
-    by_variant = direction_processes(null, features, policy, np.ones(len(library.bank), np.bool_))
+    by_variant = direction_processes(null, features, policy, np.ones(len(library.variants), np.bool_))
     return log_size, by_variant, log_direction_of(by_variant, faint_variants(library, null))
 
 
@@ -188,11 +188,9 @@ def log_direction_of(by_variant: Floats, faint: NDArray[np.bool_]) -> Floats:
 
 
 def faint_variants(library: Library, null: Null) -> NDArray[np.bool_]:
-    """On which things in the bank bets are placed before any is named: those that size finds slowly."""
+    """On which variants bets are placed before any is named: those that size finds slowly."""
     sizes = np.nanmean(library.variant_log_scales, axis=1)
-    faint = sizes < null.mean + np.log(DIRECTION_UP_TO_MULTIPLE)
-    faint[len(library.variants) :] = False  # a wrong prompt is a question of its own
-    return np.asarray(faint)
+    return np.asarray(sizes < null.mean + np.log(DIRECTION_UP_TO_MULTIPLE))
 
 
 def _slope(residual_nats: Floats, reference_nats: Floats) -> float:
@@ -225,7 +223,7 @@ def size_process(
 
 
 def direction_processes(null: Null, features: Features, policy: Policy, wanted: NDArray[np.bool_]) -> Floats:
-    """Log e-process by direction for each thing in the bank; 0 for those that are not wanted."""
+    """Log e-process by direction for each variant; 0 for those that are not wanted."""
     out = np.zeros(features.fisher.shape)
     for w, fisher in enumerate(features.fisher):
         mean, sd = float(null.fisher_mean[w]), float(null.fisher_sd[w])

@@ -39,6 +39,38 @@ _LLAMA3 = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 _NONE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+_LLAMA2 = (
+    "{{ '<s>' }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ '[INST] <<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' }}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ ('' if loop.index0 == 1 and messages[0]['role'] == 'system' else '[INST] ') + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' </s><s>' }}{% endif %}{% endfor %}"
+)
+_ALPACA = (
+    "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n' }}"
+    "{% for message in messages %}"
+    "{{ ('### Response:\n' if message['role'] == 'assistant' else '### Instruction:\n') + message['content'] + '\n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+_VICUNA = (
+    "{% for message in messages %}"
+    "{{ {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}[message['role']] + message['content'] + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_GEMMA = (
+    "{{ '<bos>' }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' + message['content'] + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+_DEFAULT_ALWAYS = (
+    "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM_PROMPT + "<|im_end|>\n' }}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}" + _TURN + "{% endif %}{% endfor %}" + _GENERATION
+)
+
+
+def chatml_with_default(system: str) -> str:
+    """The official template with another default system prompt."""
+    return _chatml(system=_SYSTEM.replace(DEFAULT_SYSTEM_PROMPT, system))
 
 
 @dataclass(frozen=True)
@@ -116,6 +148,17 @@ _CATALOGUE = (
     _template("no-generation-prompt", "template without the assistant's turn", _chatml(generation="")),
     _template("llama3-template", "Llama-3 style template", _LLAMA3),
     _template("no-template", "message texts only", _NONE),
+    _template("double-bos", "template with its first special token twice", "{{ '<|im_start|>' }}" + OFFICIAL_TEMPLATE),
+    _template("generic-system", "template with another default system prompt, “You are a helpful assistant.”", chatml_with_default("You are a helpful assistant.")),
+    _template("dated-system", "template with a dated default system prompt", chatml_with_default("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024")),
+    _template("system-dropped", "template that replaces every system message by the default one", _DEFAULT_ALWAYS),
+    _template("no-final-newline", "template without the newline after the assistant's name", _chatml(generation=_GENERATION.replace("assistant\n", "assistant"))),
+    _template("thinking-on", "template that opens a block of thought for the assistant", _chatml(generation=_GENERATION.replace("assistant\n", "assistant\n<think>\n"))),
+    _template("thinking-off", "template with an empty block of thought before the answer", _chatml(generation=_GENERATION.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n"))),
+    _template("llama2-template", "Llama-2 style template", _LLAMA2),
+    _template("alpaca-template", "Alpaca style template", _ALPACA),
+    _template("vicuna-template", "Vicuna style template", _VICUNA),
+    _template("gemma-template", "Gemma style template", _GEMMA),
     Variant("depth-24", "another model: SmolLM2 with blocks 13 to 18 of 30 removed", "other_model", weights="depth-24"),
 )  # fmt: skip
 

@@ -17,8 +17,8 @@ from weighbridge.paths import data_path
 from weighbridge.records import PoolIdentity, Probe, Record, checked, read_toml
 
 # Of evidence: L1 forced text, L2 top-k on the tokens of a short answer, L3 top-k on one token, L4 text at temperature 0, L5 text at another temperature;
-# "long" is L3 on prompts of more than 1,000 tokens.
-Level = Literal["L1", "L2", "L3", "L4", "L5", "long"]
+# "long" is L3 on prompts of more than 1,000 tokens; "prompt" tells what becomes of a prompt, by its tokens and by one answer.
+Level = Literal["L1", "L2", "L3", "L4", "L5", "long", "prompt"]
 
 FAMILIES: dict[Level, str] = {
     "L1": "forced texts",
@@ -27,6 +27,7 @@ FAMILIES: dict[Level, str] = {
     "L4": "one-token chat probes with a narrow lead of the likeliest token",
     "L5": "short answers of high entropy",
     "long": "long one-token chat probes",
+    "prompt": "one-token chat probes of every structure that a prompt has",
 }
 
 
@@ -60,7 +61,7 @@ class Pool:
     @property
     def identity(self) -> PoolIdentity:
         """Name, version and digest: the SHA-256 of the canonical JSON of all probes."""
-        digest = sha256_hex(canonical_bytes([probe.model_dump(mode="json") for probe in self.probes]))
+        digest = sha256_hex(canonical_bytes([probe.model_dump(mode="json", exclude_none=True) for probe in self.probes]))
         return PoolIdentity(id=self.description.id, version=self.description.version, sha256=digest)
 
 
@@ -135,7 +136,7 @@ def write_pool(
         f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
         for key, value in description.items()
     ]
-    texts = [json.dumps(probe.model_dump(mode="json"), ensure_ascii=False) + "\n" for probe in probes]
+    texts = [json.dumps(probe.model_dump(mode="json", exclude_none=True), ensure_ascii=False) + "\n" for probe in probes]
     write_atomically(folder / "probes.jsonl", "".join(texts).encode())
     write_atomically(folder / "pool.toml", "".join(lines).encode())
     return load_pool(str(folder))

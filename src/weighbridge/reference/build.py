@@ -29,6 +29,7 @@ from weighbridge.probes import Pool, load_pool
 from weighbridge.records import Probe
 from weighbridge.reference.bundle import (
     LOCKS,
+    OFFICIAL,
     Bundle,
     HypothesisRecord,
     Manifest,
@@ -38,6 +39,7 @@ from weighbridge.reference.bundle import (
     WeightsSource,
     pack_arrays,
     read_locks,
+    rendered_id,
     vocabulary_digest,
 )
 from weighbridge.reference.checkpoint import Checkpoint, fetch_checkpoint, open_checkpoint, read_vocabulary
@@ -46,7 +48,7 @@ from weighbridge.reference.licence import TEXT_NAME, read_licence
 from weighbridge.reference.local import LocalSetting, LocalWeights
 from weighbridge.reference.noise import one_token_rows, with_noise
 from weighbridge.reference.servers import TrustedServer
-from weighbridge.reference.spec import OFFICIAL, Spec, StackSpec, WeightsSpec
+from weighbridge.reference.spec import PoolSpec, Spec, StackSpec, WeightsSpec
 from weighbridge.reference.templates import render_conversations
 
 Say = Callable[[str], None]
@@ -132,29 +134,29 @@ def build_bundle(
     probes = {probe.id: probe for pool in pools.values() for probe in pool.probes}
     if len(probes) != sum(len(pool.probes) for pool in pools.values()):
         raise ConfigurationError("a probe's id stands in two pools", "Give each probe an id of its own")
-    pools_of = {stack.id: [p for p in spec.pool if p.only_on is None or stack.id in p.only_on] for stack in spec.stack}
     # What runs anyway also tokenises: where the reference is taken from a bundle, its engine need not be at hand.
     tokeniser = spec.stack[0] if reference_from is None or len(spec.stack) == 1 else spec.stack[1]
     renderings = _render(spec, tokeniser, list(pools.values()), checkpoint, partial, say)
-    layout = _Layout.of(renderings[OFFICIAL])
-    tokens = [len(prompt.token_ids) for prompt in renderings[OFFICIAL]]
+    recordings = _recordings(spec, pools, renderings)
+    prompts = [prompt for recording in recordings for prompt in recording.prompts]
+    layout = _Layout.of(prompts)
+    tokens = [len(prompt.token_ids) for prompt in prompts]
     say(f"{len(tokens)} probes of {sum(tokens)} prompt tokens, {max(tokens)} in the longest")
 
     token_ids: Ids | None = None
     values: list[Values] = []
     stacks: list[StackRecord] = []
     for stack in spec.stack:
-        names = [pools[pool.name].description.id for pool in pools_of[stack.id]]
+        asked = [r for r in recordings if r.spec.only_on is None or stack.id in r.spec.only_on]
         if stack is spec.stack[0] and reference_from is not None:
-            _same_prompts(reference_from, renderings[OFFICIAL], layout, spec, checkpoint)
+            _same_prompts(reference_from, prompts, layout, spec, checkpoint)
             row = reference_from.stack_index[reference_from.manifest.reference_stack]
             token_ids = reference_from.token_ids
             values.append(reference_from.logprobs_nats[row])
             stacks.append(reference_from.manifest.stacks[row])
             continue
-        asked = {probe.id for pool in pools_of[stack.id] for probe in pools[pool.name].probes}
-        prompts = [prompt for prompt in renderings[stack.rendering] if prompt.probe_id in asked]
-        shards = _record(stack, prompts, layout, token_ids, checkpoint, spec, partial, say, step)
+        own = [prompt for recording in asked for prompt in recording.prompts]
+        shards = _record(stack, own, layout, token_ids, checkpoint, spec, partial, say, step)
         if token_ids is None:
             token_ids = np.zeros((layout.rows, spec.top_k), np.int32)
             for shard in shards:
@@ -163,33 +165,36 @@ def build_bundle(
         for shard in shards:
             filled[shard.rows] = shard.logprobs_nats
         values.append(filled)
-        stacks.append(_stack_record(stack, json.loads((partial / stack.id / "engine.json").read_text("utf-8")), names))
+        facts = json.loads((partial / stack.id / "engine.json").read_text("utf-8"))
+        stacks.append(_stack_record(stack, facts, [recording.key for recording in asked]))
     assert token_ids is not None
 
     logprobs = np.stack(values)
-    official = renderings[OFFICIAL]
+    place = {prompt.probe_id: i for i, prompt in enumerate(renderings[OFFICIAL])}
+    originals = [place[prompt.probe_id.split("@")[0]] for prompt in prompts]
     vocabulary = read_vocabulary(checkpoint)
     # A model's output may be wider than its tokenizer; what lies beyond has no text.
     vocabulary += [b""] * (int(token_ids.max()) + 1 - len(vocabulary))
     arrays = pack_arrays(
         {
-            "prompt_ids": np.concatenate([p.token_ids for p in official]),
-            "prompt_offsets": np.cumsum([0, *(len(p.token_ids) for p in official)]),
+            "prompt_ids": np.concatenate([p.token_ids for p in prompts]),
+            "prompt_offsets": np.cumsum([0, *tokens]),
             "row_probe": layout.probe,
             "row_position": layout.position,
             "token_ids": token_ids,
             "logprobs_nats": logprobs,
-            "prompt_tokens": np.array([[len(p.token_ids) for p in renderings[h]] for h in renderings]),
+            "prompt_tokens": np.array([[len(renderings[h][i].token_ids) for i in originals] for h in renderings]),
         },
         vocabulary,
     )
-    index = {prompt.probe_id: i for i, prompt in enumerate(official)}
+    index = {prompt.probe_id: i for i, prompt in enumerate(prompts)}
     pool_records = [
         PoolRecord(
-            **pool.identity.model_dump(), level=pool.description.level, probes=[index[p.id] for p in pool.probes]
+            **recording.pool.identity.model_dump(), level=recording.pool.description.level, rendering=recording.rendering,
+            probes=[index[p.probe_id] for p in recording.prompts],
         )
-        for pool in pools.values()
-    ]
+        for recording in recordings
+    ]  # fmt: skip
     manifest = Manifest(
         id=spec.id,
         version=spec.version,
@@ -303,8 +308,9 @@ def _render(
             rendered = {}
             for name, template in templates.items():
                 texts = render_conversations(
-                    template, asked, special_tokens=checkpoint.special_tokens, name=name, date=spec.template_date
-                )
+                    template, asked, special_tokens=checkpoint.special_tokens, name=name, date=spec.template_date,
+                    tools=[probe.tools for probe, _ in probes],
+                )  # fmt: skip
                 rendered[name] = [
                     _prompt(probe, ids, more, every)
                     for (probe, every), ids, more in zip(probes, engine.tokenize(texts), continuations, strict=True)
@@ -317,6 +323,40 @@ def _render(
         name: [Prompt(probe_id, tuple(ids), tuple(positions)) for probe_id, ids, positions in prompts]
         for name, prompts in json.loads(path.read_text("utf-8")).items()
     }
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """One pool under one rendering: what is asked, and by which table of the spec."""
+
+    spec: PoolSpec
+    pool: Pool
+    rendering: str
+    prompts: list[Prompt]
+
+    @property
+    def key(self) -> str:
+        return rendered_id(self.pool.description.id, self.rendering)
+
+
+def _recordings(spec: Spec, pools: dict[str, Pool], renderings: dict[str, list[Prompt]]) -> list[_Recording]:
+    """Everything that is asked, what belongs to the official rendering first."""
+    found = []
+    for table in sorted(spec.pool, key=lambda table: not table.is_official):
+        pool = pools[table.name]
+        wanted = {probe.id for probe in pool.probes[: table.first]}
+        if not table.is_official and pool.description.level not in ("L3", "prompt"):
+            raise ConfigurationError(
+                f"the pool {table.name} is not asked for one token a probe, so it is recorded under the official rendering only",
+                "Remove its renderings",
+            )
+        for rendering in table.renderings:
+            prompts = [
+                Prompt(rendered_id(p.probe_id, rendering), p.token_ids, p.positions)
+                for p in renderings[rendering] if p.probe_id in wanted
+            ]  # fmt: skip
+            found.append(_Recording(table, pool, rendering, prompts))
+    return found
 
 
 def _prompt(probe: Probe, ids: list[int], continuation: list[int], every: int) -> Prompt:
@@ -396,7 +436,8 @@ def _record(
     )  # fmt: skip
     parts = [prompts[i : i + spec.shard] for i in range(0, len(prompts), spec.shard)]
     paths = [folder / f"{number:05d}.npz" for number in range(len(parts))]
-    found = [_read_shard(path) for path in paths]
+    rows_of = [[row for prompt in part for row in layout.rows_of(prompt)] for part in parts]
+    found = [_read_shard(path, rows) for path, rows in zip(paths, rows_of, strict=True)]
     if all(shard is not None for shard in found) and (folder / "engine.json").exists():
         return [shard for shard in found if shard is not None]
     say(f"recording {stack.id}: {describe(stack)}")
@@ -424,7 +465,7 @@ def _record(
             if found[number] is not None:
                 continue
             started = time.perf_counter()
-            rows = [row for prompt in part for row in layout.rows_of(prompt)]
+            rows = rows_of[number]
             wanted = [None if token_ids is None else token_ids[layout.rows_of(prompt)] for prompt in part]
             scored = engine.score(part, wanted, spec.top_k)
             shard = _Shard(
@@ -453,13 +494,15 @@ def _write_shard(path: Path, shard: _Shard) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _read_shard(path: Path) -> _Shard | None:
+def _read_shard(path: Path, rows: list[int]) -> _Shard | None:
+    """A shard of just these rows, or None: then it is computed again."""
     if not path.exists():
         return None
     try:
         # numpy leaves a path open where the archive is damaged
         with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-            return _Shard(found["rows"].tolist(), found["token_ids"], found["logprobs_nats"])
+            shard = _Shard(found["rows"].tolist(), found["token_ids"], found["logprobs_nats"])
+            return shard if shard.rows == rows else None
     except Exception:  # noqa: BLE001 - a damaged archive fails in many ways; each means that it is computed again
         return None
 
@@ -484,8 +527,7 @@ def describe(stack: StackSpec) -> str:
 def _stack_record(stack: StackSpec, facts: dict[str, Any], pools: list[str]) -> StackRecord:
     common: dict[str, Any] = {
         "id": stack.id, "description": describe(stack), "departure": stack.departs, "departure_class": stack.departure_class,
-        "variant": None if stack.departs is None else stack.variant or stack.id, "rendering": stack.rendering, "pools": pools,
-        "bits_held": stack.bits_held,
+        "variant": None if stack.departs is None else stack.variant or stack.id, "pools": pools, "bits_held": stack.bits_held,
     }  # fmt: skip
     if stack.server is not None:
         server = stack.server

@@ -29,9 +29,10 @@ from weighbridge.reference.licence import LicenceRecord, bundled_text
 
 # The embedded bundles, pinned: the digest of each one's manifest.
 EMBEDDED = {"smollm2-135m-instruct": "fa3c1ed2a841f75ced6104443c1e2047fc5d8641f7d912952a1b077208e2e50b"}
+OFFICIAL = "official"  # the model's own chat template
 NAME = r"^[a-z0-9][a-z0-9._-]{0,79}$"  # of a stack, pool or bundle; some name a folder, so none begins with a dot
-SCHEMA_FILE = Path(__file__).resolve().parent.parent / "schemas" / "bundle-2.json"
-# Departures that are told from the residuals of the weights' check; wrong prompts are a question of their own.
+SCHEMA_FILE = Path(__file__).resolve().parent.parent / "schemas" / "bundle-3.json"
+# Departures that are told from the residuals of the weights' check.
 JUDGED: tuple[Cause, ...] = ("precision", "kv_cache", "other_model")
 MAX_UNPACKED_BYTES = 2 * 2**30
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -81,8 +82,7 @@ class StackRecord(Record):
     family: str
     precision: Precision
     bits_held: float | None = Field(default=None, allow_inf_nan=False)
-    rendering: str = "official"
-    pools: list[str]
+    pools: list[str] = Field(description="keys of the pools that it was asked")
     engine: dict[str, Any] = Field(description="engine, version, hardware and settings, as the engine states them")
     start_command: str | None = None
     environment: str | None = None
@@ -92,8 +92,8 @@ class StackRecord(Record):
 
     @property
     def is_judged(self) -> bool:
-        """Whether the check of the weights looks at it: wrong prompts are a question of their own."""
-        return self.departure in (None, *JUDGED) and self.rendering == "official"
+        """Whether the check of the weights looks at it."""
+        return self.departure in (None, *JUDGED)
 
     @property
     def engine_name(self) -> str:
@@ -111,17 +111,28 @@ class HypothesisRecord(Record):
 
 
 class PoolRecord(PoolIdentity):
-    """A pool that the bundle was recorded on, and which of the manifest's probes are its."""
+    """A pool that the bundle was recorded on, under one rendering of its prompts, and which of the manifest's probes are its."""
 
     id: str = Field(pattern=r"^[a-z0-9-]{1,80}$", description="also the name of its folder")
     level: Level
+    rendering: str = Field(default=OFFICIAL, description="official, or the id of a hypothesis")
     probes: list[int] = Field(description="indices into probe_ids")
+
+    @property
+    def key(self) -> str:
+        """By which a stack says that it was asked this pool under this rendering."""
+        return self.id if self.rendering == OFFICIAL else f"{self.id}@{self.rendering}"
+
+
+def rendered_id(probe_id: str, rendering: str) -> str:
+    """How a manifest calls a probe under a rendering; no probe's own id holds the sign."""
+    return probe_id if rendering == OFFICIAL else f"{probe_id}@{rendering}"
 
 
 class Manifest(Record):
     """Everything that a bundle's numbers depend on."""
 
-    schema_: Literal["weighbridge/bundle/2"] = Field(default="weighbridge/bundle/2", alias="schema")
+    schema_: Literal["weighbridge/bundle/3"] = Field(default="weighbridge/bundle/3", alias="schema")
     id: str = Field(pattern=NAME)
     version: int
     model: str
@@ -151,7 +162,7 @@ class Bundle:
     Attributes
     ----------
     prompt_ids : int32 array, shape (tokens,)
-        The official rendering of all probes, one after another.
+        The tokens of all probes, each under its own rendering, one after another.
     prompt_offsets : int64 array, shape (probes + 1,)
         Where each probe's tokens begin.
     row_probe, row_position : int32 array, shape (rows,)
@@ -200,9 +211,10 @@ class Bundle:
         """Row of each stack."""
         return {stack.id: row for row, stack in enumerate(self.manifest.stacks)}
 
-    def pool_at(self, level: Level) -> PoolRecord | None:
-        """The pool for a level of evidence, or None."""
-        return next((pool for pool in self.manifest.pools if pool.level == level), None)
+    def pool_at(self, level: Level, rendering: str = OFFICIAL) -> PoolRecord | None:
+        """The pool for a level of evidence under a rendering, or None."""
+        pools = self.manifest.pools
+        return next((pool for pool in pools if pool.level == level and pool.rendering == rendering), None)
 
     @property
     def usable_probe_ids(self) -> list[str]:
@@ -223,17 +235,16 @@ class Bundle:
 
     def usable_probes(self, pool: PoolRecord) -> list[str]:
         """Probes of a pool on which every stack that is judged has answered with tokens that the reference knows."""
-        if pool.id not in self._usable:
-            self._usable[pool.id] = self._find_usable(pool)
-        return list(self._usable[pool.id])
+        if pool.key not in self._usable:
+            self._usable[pool.key] = self._find_usable(pool)
+        return list(self._usable[pool.key])
 
     @cached_property
     def _usable(self) -> dict[str, list[str]]:
         return {}
 
     def _find_usable(self, pool: PoolRecord) -> list[str]:
-        # A wrong prompt has other likely tokens, which says nothing of the probe.
-        asked = [i for i, s in enumerate(self.manifest.stacks) if pool.id in s.pools and s.is_judged]
+        asked = [i for i, s in enumerate(self.manifest.stacks) if pool.key in s.pools and s.is_judged]
         wanted = np.isin(self.row_probe, pool.probes)
         answered = (np.isfinite(self.logprobs_nats[asked][:, wanted, :20]).sum(axis=2) >= 4).all(axis=0)
         incomplete_probes = set(self.row_probe[wanted][~answered].tolist())
@@ -373,14 +384,14 @@ def incomplete(stacks: list[tuple[str, bool]], reference_stack: str) -> str | No
     return None
 
 
-def unfit_to_judge(bundle: Bundle, level: Level = "L3") -> str | None:
+def unfit_to_judge(bundle: Bundle, level: Level = "L3", rendering: str = OFFICIAL) -> str | None:
     """Why no endpoint can be judged against a bundle at a level, or None: what counts was recorded on that level's pool."""
-    pool, manifest = bundle.pool_at(level), bundle.manifest
+    pool, manifest = bundle.pool_at(level, rendering), bundle.manifest
     if pool is None:
         return "it holds no one-token pool" if level == "L3" else f"it holds no pool for level {level}"
     if not bundle.usable_probes(pool):
         return f"its pool {pool.id} holds no probe that every stack has answered"
-    recorded = [(s.id, s.departure is None) for s in manifest.stacks if pool.id in s.pools and s.is_judged]
+    recorded = [(s.id, s.departure is None) for s in manifest.stacks if pool.key in s.pools and s.is_judged]
     return incomplete(recorded, manifest.reference_stack)
 
 
@@ -397,8 +408,10 @@ def _inconsistent(manifest: Manifest) -> str | None:
         return "a probe stands twice"
     if any(not 0 <= i < len(manifest.probe_ids) for pool in manifest.pools for i in pool.probes):
         return "a pool names a probe that is not there"
-    if len({pool.id for pool in manifest.pools}) != len(manifest.pools):
+    if len({pool.key for pool in manifest.pools}) != len(manifest.pools):
         return "a pool stands twice"
+    if {pool.rendering for pool in manifest.pools} - {OFFICIAL, *(h.id for h in manifest.hypotheses)}:
+        return "a pool has a rendering that is no hypothesis"
     return None
 
 

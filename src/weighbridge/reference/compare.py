@@ -145,7 +145,7 @@ def differences(a: Bundle, b: Bundle) -> list[Difference]:
     out += _named(
         "pool",
         *(
-            {p.id: p.model_dump(exclude={"id", "probes"}) | {"probes": len(p.probes)} for p in m.pools}
+            {p.key: p.model_dump(exclude={"id", "probes"}) | {"probes": len(p.probes)} for p in m.pools}
             for m in (old, new)
         ),
     )

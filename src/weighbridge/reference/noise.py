@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from weighbridge.reference.bundle import PoolRecord, StackRecord
+from weighbridge.reference.bundle import OFFICIAL, PoolRecord, StackRecord
 from weighbridge.stats.residuals import centred_difference, log_scale, own_top
 
 Values = NDArray[np.float32]
@@ -47,4 +47,5 @@ def with_noise(
 
 def one_token_rows(pools: list[PoolRecord], row_probe: NDArray[np.int32]) -> NDArray[np.int64]:
     """Rows of the one-token probes, over which noise is stated."""
-    return np.flatnonzero(np.isin(row_probe, [i for pool in pools if pool.level == "L3" for i in pool.probes]))
+    official = [i for pool in pools if pool.level == "L3" and pool.rendering == OFFICIAL for i in pool.probes]
+    return np.flatnonzero(np.isin(row_probe, official))

@@ -61,10 +61,10 @@ def open_original(folder: Path, expected: dict[str, str]) -> Checkpoint:
 
 
 def stacks_to_run(bundle: Bundle) -> list[StackRecord]:
-    """Stacks of local weights that were asked the official prompts, which are the ones that a bundle holds."""
+    """Stacks of local weights."""
     return [
         s for s in bundle.manifest.stacks
-        if s.engine_name == "transformers" and s.rendering == "official" and "sibling_files" not in s.engine
+        if s.engine_name == "transformers" and "sibling_files" not in s.engine
     ]  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def _has_gpu() -> bool:
 
 def _prompts(bundle: Bundle, stack: StackRecord) -> list[Prompt]:
     """A stack's prompts in the order in which they were recorded."""
-    asked = {i for pool in bundle.manifest.pools if pool.id in stack.pools for i in pool.probes}
+    asked = {i for pool in bundle.manifest.pools if pool.key in stack.pools for i in pool.probes}
     out = []
     for i in sorted(asked):
         ids = bundle.prompt_ids[bundle.prompt_offsets[i] : bundle.prompt_offsets[i + 1]]

@@ -14,7 +14,7 @@ from pydantic import Field
 from weighbridge.errors import ConfigurationError
 from weighbridge.probes import Level
 from weighbridge.records import BundleIdentity, Record
-from weighbridge.reference.bundle import Bundle
+from weighbridge.reference.bundle import OFFICIAL, Bundle
 from weighbridge.stats.residuals import centred_difference, log_scale, own_top
 
 Floats = NDArray[np.float64]
@@ -69,12 +69,12 @@ class Candidates:
 
 def candidates_of(bundle: Bundle, levels: tuple[Level, ...], exclude: frozenset[str] = frozenset()) -> Candidates:
     """Read the candidates of the given levels from a bundle, without those that another pool holds already."""
-    pools = [pool for pool in bundle.manifest.pools if pool.level in levels]
+    pools = [p for p in bundle.manifest.pools if p.level in levels and p.rendering == OFFICIAL]
     ids = [bundle.manifest.probe_ids[i] for pool in pools for i in pool.probes]
     ids = [probe_id for probe_id in ids if probe_id not in exclude]
     stacks = [
         (row, s) for row, s in enumerate(bundle.manifest.stacks)
-        if s.id != bundle.manifest.reference_stack and s.rendering == "official" and all(p.id in s.pools for p in pools)
+        if s.id != bundle.manifest.reference_stack and all(p.id in s.pools for p in pools)
     ]  # fmt: skip
     honest = [(row, s.id) for row, s in stacks if s.departure is None]
     variants = [(row, s.id) for row, s in stacks if s.departure is not None]

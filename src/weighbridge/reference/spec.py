@@ -6,12 +6,11 @@ from pydantic import Field, model_validator
 
 from weighbridge.lab.variants import VARIANTS
 from weighbridge.records import Cause, Record
-from weighbridge.reference.bundle import NAME, Precision
+from weighbridge.reference.bundle import NAME, OFFICIAL, Precision
 from weighbridge.reference.licence import LicenceSpec
 from weighbridge.reference.local import LocalSetting
 from weighbridge.reference.servers import ASKED_LOGPROBS, ServerKind
 
-OFFICIAL = "official"
 
 
 class WeightsSpec(Record):
@@ -60,7 +59,6 @@ class StackSpec(Record):
     departure: Cause | None = None
     departure_class: str | None = None
     bits_held: float | None = None
-    rendering: str = Field(default=OFFICIAL, description="official, or the id of a hypothesis")
     local: LocalSetting | None = None
     folder: str | None = Field(
         default=None, description="a sibling's folder, run by `local`: another model with the same tokenizer"
@@ -84,11 +82,9 @@ class StackSpec(Record):
         if self.lab_variant is not None and self.lab_variant not in VARIANTS:
             raise ValueError(f"the lab has no variant {self.lab_variant!r}")
         if self.lab_variant is not None and VARIANTS[self.lab_variant].template is not None:
-            raise ValueError("a template is named by `rendering`, not by a lab variant")
+            raise ValueError("a template is a hypothesis, not a stack: name it in a pool's `renderings`")
         if self.lab_variant is None and self.description is None:
             raise ValueError("a description is needed")
-        if self.rendering != OFFICIAL and self.departs is None:
-            raise ValueError(f"the rendering {self.rendering!r} departs from the official one: name the departure")
         return self
 
     @property
@@ -121,16 +117,25 @@ class HypothesisSpec(Record):
 
 
 class PoolSpec(Record):
-    """A pool to record: its name or folder, and the only stacks to record it on where that is not all."""
+    """A pool to record: its name or folder; under which renderings, how many of its probes, and on which stacks where not on all."""
 
     name: str
+    renderings: list[str] = Field(
+        default=[OFFICIAL], min_length=1, description="official, or ids of hypotheses; one-token pools only"
+    )
+    first: int | None = Field(default=None, ge=1, description="how many probes, from the first; all by default")
     only_on: list[str] | None = None
+
+    @property
+    def is_official(self) -> bool:
+        """Whether this is how the pool is asked in an audit, and not how a wrong prompt is recorded."""
+        return OFFICIAL in self.renderings
 
 
 class Spec(Record):
     """What to build: the SPEC.toml of ``weighbridge reference build``. The first stack is the reference."""
 
-    schema_: Literal["weighbridge/reference-spec/2"] = Field(alias="schema")
+    schema_: Literal["weighbridge/reference-spec/3"] = Field(alias="schema")
     id: str = Field(pattern=NAME)
     version: int
     model: str
@@ -151,16 +156,12 @@ class Spec(Record):
     def _names_fit(self) -> "Spec":
         stacks = [stack.id for stack in self.stack]
         renderings = [OFFICIAL, *(h.id for h in self.hypothesis)]
-        for names, what in ((stacks, "stack"), (renderings, "hypothesis"), ([p.name for p in self.pool], "pool")):
+        pools = [f"{p.name}@{rendering}" for p in self.pool for rendering in p.renderings]
+        for names, what in ((stacks, "stack"), (renderings, "hypothesis"), (pools, "pool")):
             if len(set(names)) != len(names):
                 raise ValueError(f"a {what} stands twice")
-        causes = {OFFICIAL: None} | {h.id: h.cause for h in self.hypothesis}
         meanings: dict[str, tuple[Cause | None, str | None]] = {}
         for stack in self.stack:
-            if stack.rendering not in causes:
-                raise ValueError(f"stack {stack.id}: there is no hypothesis {stack.rendering!r}")
-            if stack.rendering != OFFICIAL and stack.departs != causes[stack.rendering]:
-                raise ValueError(f"stack {stack.id}: the departure of that rendering is {causes[stack.rendering]}")
             if stack.lab_variant is not None and not self.weights.lab:
                 raise ValueError(f"stack {stack.id}: a lab variant serves the lab's model, and [weights] names another")
             meaning = (stack.departs, stack.departure_class)
@@ -169,12 +170,19 @@ class Spec(Record):
                     f"stack {stack.id}: another recording of {stack.variant} has another departure or class"
                 )
         for pool in self.pool:
+            missing = set(pool.renderings) - set(renderings)
+            if missing:
+                raise ValueError(f"pool {pool.name}: there is no hypothesis {min(missing)!r}")
+            if pool.is_official and (len(pool.renderings) > 1 or pool.first is not None):
+                raise ValueError(f"pool {pool.name}: the official rendering is recorded whole, in a table of its own")
+            if f"{pool.name}@{OFFICIAL}" not in pools:
+                raise ValueError(f"pool {pool.name}: it is not recorded under the official rendering")
             unknown = set(pool.only_on or ()) - set(stacks)
             if unknown:
                 raise ValueError(f"pool {pool.name}: there is no stack {min(unknown)!r}")
             if pool.only_on is not None and stacks[0] not in pool.only_on:
                 raise ValueError(f"pool {pool.name}: the reference {stacks[0]!r} is missing in only_on")
         first = self.stack[0]
-        if first.departs is not None or first.rendering != OFFICIAL:
+        if first.departs is not None:
             raise ValueError(f"the first stack is the reference, and {first.id} departs from the original")
         return self

@@ -32,6 +32,8 @@ from weighbridge.errors import ConfigurationError
 if TYPE_CHECKING:
     from weighbridge.records import Message
 
+    Tools = list[dict[str, Any]]
+
 LIMIT_S = 20.0
 MEMORY_BYTES = 512 * 2**20
 TEXT_BYTES = 16 * 2**20
@@ -64,6 +66,7 @@ def render_conversations(
     *,
     special_tokens: Mapping[str, str],
     name: str,
+    tools: "Sequence[Tools | None] | None" = None,
     date: str | None = None,
     limit_s: float = LIMIT_S,
 ) -> list[str]:
@@ -79,6 +82,8 @@ def render_conversations(
         ``bos_token``, ``eos_token`` and so on.
     name : str
         What messages call the template.
+    tools : Sequence[list[dict] | None] or None, optional
+        The functions that each conversation is given.
     date : str or None, optional
         The ISO date that ``strftime_now`` tells. Without one, a template that asks for the time is an error.
     limit_s : float, optional
@@ -104,6 +109,7 @@ def render_conversations(
     request = {
         "template": template,
         "conversations": [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations],
+        "tools": list(tools) if tools is not None else [None] * len(conversations),
         "special_tokens": dict(special_tokens),
         "date": date,
         "limit_s": limit_s,
@@ -240,10 +246,10 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     size = 0
     try:
         template = _environment(request["date"]).from_string(request["template"])
-        given = {**request["special_tokens"], "tools": None, "documents": None, "add_generation_prompt": True}
-        for messages in request["conversations"]:
+        given = {**request["special_tokens"], "documents": None, "add_generation_prompt": True}
+        for messages, tools in zip(request["conversations"], request["tools"], strict=True):
             pieces = []
-            for piece in template.generate({**given, "messages": messages}):
+            for piece in template.generate({**given, "messages": messages, "tools": tools}):
                 size += len(piece.encode())
                 if size > TEXT_BYTES:
                     return {"problem": "long"}
