@@ -20,7 +20,7 @@ from weighbridge.capability import read_capability
 from weighbridge.judge.library import Library, build_library
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.verdict import judge, open_case
-from weighbridge.judge.weights import differs_after
+from weighbridge.judge.checks.weights import differs_after
 from weighbridge.lab.front import MODEL_NAME, Lies
 from weighbridge.lab.provider import lab_endpoint
 from weighbridge.lab.variants import VARIANTS

@@ -34,7 +34,7 @@ from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import answers_to_consistent, answers_to_differ, drawn, put_on
 from weighbridge.judge.sizes import Features, against_honest, features_of, weigh
 from weighbridge.judge.verdict import judge, open_case
-from weighbridge.judge.weights import name_of, nearest
+from weighbridge.judge.checks.weights import name_of, nearest
 from weighbridge.plan import make_plan
 from weighbridge.records import Capability, Endpoint, LogprobLevel, Observation, Policy
 from weighbridge.reference.bundle import Bundle, StackRecord, load_bundle
@@ -411,7 +411,7 @@ def distributions(library: Library, variant: int | None, stack: int) -> Floats:
     bundle = library.bundle
     values = bundle.logprobs_nats[bundle.stack_index[library.honest[stack].id]].astype(np.float64)[library.rows]
     if variant is not None:
-        moves = travels(library.bank[variant])
+        moves = travels(library.variants[variant])
         values = (values if moves else library.reference_nats) + library.differences_nats[variant]
     p = np.exp(np.nan_to_num(values, nan=-30.0))
     p = p / np.maximum(p.sum(axis=1, keepdims=True), 1.0)

@@ -12,7 +12,7 @@ import pytest
 from weighbridge.demo import BUNDLE, DEMO_VARIANTS
 from weighbridge.judge.library import build_library
 from weighbridge.judge.policy import load_policy
-from weighbridge.judge.weights import name_of
+from weighbridge.judge.checks.weights import name_of
 from weighbridge.paths import cache_folder
 from weighbridge.reference.bundle import load_bundle
 

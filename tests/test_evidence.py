@@ -641,7 +641,7 @@ def test_a_stack_at_the_limit_of_direction_is_rejected_as_rarely_as_promised(
 ) -> None:
     null = null_of(library, grid)
     features = Features(null.log_scales[stack][order], null.fisher[:, stack][:, order], null.shape_fisher[stack][order])
-    by_variant = direction_processes(null, features, policy, np.ones(len(library.bank), np.bool_))
+    by_variant = direction_processes(null, features, policy, np.ones(len(library.variants), np.bool_))
     for process in by_variant:
         assert_alarms_are_rare(process)
     assert_alarms_are_rare(sampling_process(null, features, policy))

@@ -20,7 +20,7 @@ from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import Resolution, resolutions
 from weighbridge.judge.sizes import WeightEvidence
 from weighbridge.judge.verdict import judge, open_case
-from weighbridge.judge.weights import differs_after
+from weighbridge.judge.checks.weights import differs_after
 from weighbridge.plan import make_plan
 from weighbridge.probes import draw
 from weighbridge.records import Axis, Capability, Endpoint, Finding, Observation, Plan, TopToken, Verdict
@@ -233,7 +233,7 @@ def test_writing_logprobs_in_bfloat16_hardly_widens_what_is_honest() -> None:
 @pytest.mark.parametrize("variant", ["int8", "fp8-e4m3"])
 def test_a_departure_recorded_in_float32_is_named_when_it_is_served_in_bfloat16(variant: str, seed: str) -> None:
     library = library_where(is_float32_or_honest)
-    assert f"{variant}-bfloat16" not in {stack.id for stack in library.bank}
+    assert f"{variant}-bfloat16" not in {stack.id for stack in library.variants}
     answers = drawn(f"{variant}-bfloat16", seed)
     for found in (judged(answers, library), judged_at_the_stop(answers, library)):
         assert (found.verdict.verdict, found.verdict.cause) == ("differs", "precision")

@@ -17,7 +17,7 @@ from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import answers_to_differ, drawn, put_on
 from weighbridge.judge.sizes import features_of, honest_processes, weigh
 from weighbridge.judge.verdict import judge, open_case
-from weighbridge.judge.weights import differs_after, excluded_variants, name_of
+from weighbridge.judge.checks.weights import differs_after, excluded_variants, name_of
 from weighbridge.plan import make_plan, worst_case_tokens
 from weighbridge.records import Capability, Endpoint, Limits, LogprobLevel, Observation, Plan, Position, Price, TopToken
 from weighbridge.reference.bundle import Bundle, load_bundle

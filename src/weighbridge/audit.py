@@ -7,26 +7,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from weighbridge.canonical import sha256_hex
-from weighbridge.capability import (
-    capability_requests,
-    next_capability_request,
-    read_capability,
-    sampling_of,
-)
+from weighbridge.capability import next_capability_request, read_capability, sampling_of
 from weighbridge.collect import Budget, Collector, WaitTooLongError, is_transient
 from weighbridge.dialects import DIALECTS
 from weighbridge.errors import BundleError
+from weighbridge.judge.case import Case
+from weighbridge.judge.checks.reasoning import reasons
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_library
-from weighbridge.judge.verdict import is_decided, judge, open_case
+from weighbridge.judge.opening import open_case
+from weighbridge.judge.verdict import is_decided, is_decided_raw, judge, useful_probes
 from weighbridge.keys import Key
 from weighbridge.observe import observe
 from weighbridge.plan import check_draw, worst_case_tokens
-from weighbridge.records import Capability, Endpoint, Exchange, Findings, Observation, Plan, PlannedRequest, Verdict
-from weighbridge.reference.bundle import Bundle, load_bundle
+from weighbridge.records import (
+    Capability,
+    Endpoint,
+    Exchange,
+    Findings,
+    Observation,
+    Plan,
+    PlannedRequest,
+    Verdict,
+    raw_twin,
+)
+from weighbridge.reference.bundle import OFFICIAL, Bundle, load_bundle
+from weighbridge.sampling import EFFORTS
 from weighbridge.store import RunFolder, Stopped
 from weighbridge.transport import Transport
 
-COUNTED_WITHOUT_LOGPROBS = 10  # probes that are sent for their token counts alone
+COUNTED_WITHOUT_LOGPROBS = 10  # probes that are sent for their token counts alone, where nothing else is
 MOST_FAILURES_IN_A_ROW = 3
 _REFUSALS = frozenset({"http_401", "http_402", "http_403", "http_404", "redirect", "unknown_host", "tls"})
 # One probe may be forbidden or lost by itself; these concern all of them.
@@ -65,14 +74,14 @@ class Auditor:
         self._folder = folder
         self._dialect = DIALECTS[endpoint.dialect]
         self._library: Library | None = None
-        self._fruitless = False  # enough answers came back, and none with logprobs that can be compared
+        self._useful: set[str] | None = None  # probes that can still tell something, where that is not all
         exchanges, self._stopped = folder.exchanges()
         self._attempts: dict[str, list[Exchange]] = {}
         for exchange in exchanges:
             self._attempts.setdefault(exchange.sent.request_id, []).append(exchange)
         self._seen: dict[str, Observation] = {}
         self._budget = Budget(endpoint.limits, endpoint.price)
-        for request in [*plan.capability_requests, *plan.probe_requests]:
+        for request in plan.requests:
             attempts = self._attempts.get(request.request_id, [])
             for _ in attempts:
                 self._budget.reserve(*worst_case_tokens(request))
@@ -88,11 +97,50 @@ class Auditor:
             async with Transport(self._endpoint, self._key) as transport:
                 collector = Collector(transport, log, self._budget, self._key)
                 try:
-                    because = await self._capability(collector) or await self._probes(collector)
+                    because = await self._all(collector)
                 except WaitTooLongError:
                     because = "rate_limited"
             log.append(Stopped(because=because))
         return because
+
+    async def _all(self, collector: Collector) -> str:
+        """What is exposed, what becomes of the prompt, the weights, and what becomes of sampling parameters."""
+        because = await self._capability(collector)
+        if because is not None:
+            return because
+        because = await self._each(collector, self._plan.prompt_requests)
+        if because is not None:
+            return because
+        because = await self._probes(collector)
+        if because in FINAL_REASONS:
+            because = await self._raw_probes(collector) or because
+            because = await self._sampling(collector) or because
+        return because
+
+    async def _each(self, collector: Collector, requests: list[PlannedRequest]) -> str | None:
+        """Send all of some requests; returns why that was not possible."""
+        return await self._send_until(collector, requests, lambda: None)
+
+    async def _raw_probes(self, collector: Collector) -> str | None:
+        """Ask the weights with the reference's own tokens, where the chat's prompt is not known; one refusal is an answer."""
+        case = self._case()
+        if case.served is not None or self._bundle is None:
+            return None
+        requests = [raw_twin(request) for request in self._plan.probe_requests]
+        refusal, first = await self._send(collector, requests[0], read_capability(self._seen))
+        if refusal is not None or first is None or not first.answered or first.top is None:
+            return refusal
+        because = await self._send_until(
+            collector, requests, lambda: "decided" if is_decided_raw(self._case()) else None
+        )
+        return None if because in (None, "decided") else because
+
+    async def _sampling(self, collector: Collector) -> str | None:
+        efforts = {f"sampling-{name}" for name in EFFORTS}
+        requests = [
+            r for r in self._plan.sampling_requests if r.request_id not in efforts or reasons([*self._seen.values()])
+        ]
+        return await self._each(collector, requests)
 
     async def _capability(self, collector: Collector) -> str | None:
         requests = {request.request_id: request for request in self._plan.capability_requests}
@@ -111,21 +159,31 @@ class Auditor:
         enough_logprobs = capability.top_logprobs >= MIN_TOP_LOGPROBS
         if self._bundle is not None and enough_logprobs and self._library is None:
             self._library = _library(self._bundle, self._plan, capability)
-        requests = (
-            self._plan.probe_requests if enough_logprobs else self._plan.probe_requests[:COUNTED_WITHOUT_LOGPROBS]
-        )
+        counted = 0 if self._plan.prompt_requests else COUNTED_WITHOUT_LOGPROBS
+        requests = self._plan.probe_requests if enough_logprobs else self._plan.probe_requests[:counted]
+        because = await self._send_until(collector, requests, self._decided)
+        return because or ("probes_used_up" if enough_logprobs else "level_not_supported")
+
+    async def _send_until(
+        self, collector: Collector, requests: list[PlannedRequest], decided: Callable[[], str | None]
+    ) -> str | None:
+        """Send requests until that is decided, refused or forbidden; returns why it stopped, None where all were sent."""
+        capability = read_capability(self._seen)
         waiting = [r for r in requests if r.request_id not in self._seen]
         # What was refused before goes last, so that one forbidden probe does not stop every `resume`.
         waiting.sort(key=lambda r: self._was_refused(r.request_id))
         running: set[asyncio.Task[tuple[str | None, Observation | None]]] = set()
-        because: str | None = "decided" if self._decided(capability) else None
+        because = decided()
         failures = 0
         try:
             while True:
-                while waiting and because is None and len(running) < self._endpoint.limits.concurrency:
-                    running.add(asyncio.create_task(self._send(collector, waiting.pop(0), capability)))
+                while because is None and len(running) < self._endpoint.limits.concurrency:
+                    request = self._next(waiting)
+                    if request is None:
+                        break
+                    running.add(asyncio.create_task(self._send(collector, request, capability)))
                 if not running:
-                    return because or ("probes_used_up" if enough_logprobs else "level_not_supported")
+                    return because
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     refusal, observation = self._outcome(task)
@@ -134,15 +192,20 @@ class Auditor:
                         failures = 0 if observation.answered else failures + 1
                         if observation.fault in _REFUSES_EVERYTHING:
                             because = because or "refused"
-                if failures >= MOST_FAILURES_IN_A_ROW:
-                    because = because or "unreachable"
-                elif because is None and self._decided(capability):
-                    because = "decided"
-                elif because is None and self._fruitless:
-                    because = "level_not_supported"
+                if failures >= MOST_FAILURES_IN_A_ROW and because is None:
+                    because = "unreachable"
+                because = because or decided()
         finally:
             for task in running:
                 task.cancel()
+
+    def _next(self, waiting: list[PlannedRequest]) -> PlannedRequest | None:
+        """Take the next request that can tell something: under another rendering not every probe was recorded."""
+        useful = self._useful
+        for i, request in enumerate(waiting):
+            if useful is None or request.raw or request not in self._plan.probe_requests or request.probe.id in useful:
+                return waiting.pop(i)
+        return None
 
     def _was_refused(self, request_id: str) -> bool:
         attempts = self._attempts.get(request_id)
@@ -163,11 +226,12 @@ class Auditor:
         # Not made from the draw's seed, which the endpoint must not learn.
         seed = int(sha256_hex(self._plan.run_id.encode())[:7], 16)
         body: dict[str, Any] = self._dialect.body(
-            self._endpoint, request, temperature=temperature, top_logprobs=top_logprobs, seed=seed
-        )
+            self._endpoint, request, temperature=temperature, top_logprobs=top_logprobs, seed=seed,
+            prompt_ids=self._bundle.prompt_of(request.probe.id) if request.raw and self._bundle is not None else [],
+        )  # fmt: skip
         earlier = self._attempts.get(request.request_id, [])
         attempts, refusal = await collector.send(
-            request.request_id, self._dialect.path, body, worst_case_tokens(request), earlier
+            request.request_id, self._dialect.path(request), body, worst_case_tokens(request), earlier
         )
         if attempts:
             self._attempts[request.request_id] = attempts
@@ -182,21 +246,31 @@ class Auditor:
                 worst_case_tokens(request), observation.prompt_tokens, observation.completion_tokens or 1
             )
 
-    def _decided(self, capability: Capability) -> bool:
-        answers = [self._seen[r.request_id] for r in self._plan.probe_requests if r.request_id in self._seen]
-        case = open_case(self._plan, capability, answers, self._library)
+    def _case(self) -> Case:
+        return open_case(self._plan, read_capability(self._seen), self._seen.values(), self._library)
+
+    def _decided(self) -> str | None:
+        """Why no more of the weights' probes are needed, or None."""
+        case = self._case()
+        self._useful = useful_probes(case)
+        self._tell(case)
+        if is_decided(case):
+            return "decided"
+        # Enough answers came back, and none with logprobs that can be compared.
+        fruitless = case.evidence is None and case.served == OFFICIAL and len(case.answers) >= COUNTED_WITHOUT_LOGPROBS
+        return "level_not_supported" if fruitless else None
+
+    def _tell(self, case: Case) -> None:
         evidence = case.evidence
-        self._fruitless = evidence is None and len(answers) >= COUNTED_WITHOUT_LOGPROBS
         self._onlooker(
             Progress(
-                stage="probes" if answers else "capability",
+                stage="probes" if case.answers else "capability",
                 requests=self._budget.requests,
                 planned=self._plan.estimate.requests,
                 log10_e_value=None if evidence is None else float(evidence.log_total[-1]) / math.log(10),
                 noise_nats=None if evidence is None else math.exp(evidence.features.log_scales.mean()),
             )
         )
-        return is_decided(case)
 
 
 def judge_run(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings, Verdict]:
@@ -210,13 +284,10 @@ def judge_run(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings,
     exchanges, stopped = folder.exchanges()
     observations = observe(plan, exchanges)
     observations_sha256 = folder.write_observations(observations.values())
-    capability_names = {request.request_id for request in capability_requests()}
-    capability = read_capability(
-        {name: o for name, o in observations.items() if name in capability_names and o.fault != "interrupted"}
-    )
-    answers = [o for name, o in observations.items() if name not in capability_names and o.fault != "interrupted"]
+    seen = {name: o for name, o in observations.items() if o.fault != "interrupted"}
+    capability = read_capability(seen)
     library = _library(bundle, plan, capability) if bundle is not None else None
-    case = open_case(plan, capability, answers, library)
+    case = open_case(plan, capability, seen.values(), library)
     findings, verdict = judge(
         case,
         requests_sent=len(exchanges),

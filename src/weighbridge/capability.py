@@ -75,6 +75,7 @@ def next_capability_request(observations: dict[str, Observation]) -> str | None:
 
 def read_capability(observations: dict[str, Observation]) -> Capability:
     """Conclude from the calls that were made."""
+    observations = {name: o for name, o in observations.items() if name in PURPOSES}
     calls = [observations[name] for name in (TOP_20, TOP_5, PLAIN) if name in observations]
     answered = [call for call in calls if call.answered]
     refused = None

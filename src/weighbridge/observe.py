@@ -13,9 +13,8 @@ def observe(plan: Plan, exchanges: list[Exchange]) -> dict[str, Observation]:
     attempts: dict[str, list[Exchange]] = {}
     for exchange in exchanges:
         attempts.setdefault(exchange.sent.request_id, []).append(exchange)
-    planned = [*plan.capability_requests, *plan.probe_requests]
     return {
         request.request_id: dialect.observe(request.probe.id, attempts[request.request_id])
-        for request in planned
+        for request in plan.requests
         if request.request_id in attempts
     }

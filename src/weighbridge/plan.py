@@ -1,5 +1,6 @@
 """The plan: everything that is decided before the first request is sent."""
 
+import json
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from weighbridge.records import (
     Probe,
 )
 from weighbridge.reference.bundle import EMBEDDED, Bundle, PoolRecord, rendered_id, unfit_to_judge
+from weighbridge.sampling import sampling_requests
 
 MOST_CAPABILITY_REQUESTS = 4
 # Of K endpoints that are judged together, one is named only from e ≥ K / 0.01 (e-BH: Wang and Ramdas 2022, JRSS B 84).
@@ -34,7 +36,8 @@ def worst_case_tokens(request: PlannedRequest) -> tuple[int, int]:
     """An upper limit of a request's prompt tokens, for any tokenizer that works on bytes, and its completion tokens."""
     messages = request.probe.messages
     prompt = sum(len(m.content.encode()) + TEMPLATE_TOKENS_PER_MESSAGE for m in messages) + TEMPLATE_TOKENS_PER_MESSAGE
-    return prompt, request.max_tokens
+    prompt += len(json.dumps(request.probe.tools)) if request.probe.tools is not None else 0
+    return prompt, request.max_tokens * int(request.settings.get("n", 1))
 
 
 def pool_of(bundle: Bundle, level: Level = "L3") -> Pool:
@@ -117,6 +120,7 @@ def make_plan(
     policy = policy.model_copy(
         update={"differs_e_value": max(policy.differs_e_value, fleet_size / FLEET_FALSE_DISCOVERY_RATE)}
     )
+    prompts: list[PlannedRequest] = []
     probes: list[PlannedRequest] = []
     identity: PoolIdentity | None = None
     if bundle is not None:
@@ -134,10 +138,13 @@ def make_plan(
             _request(bundle, level, f"probe-{n:04d}", by_id[probe_id])
             for n, probe_id in enumerate(_drawn(bundle, level, seed), start=1)
         ]
+        prompts = _prompt_requests(bundle)
+    run_id = secrets.token_hex(8)
+    sampling = sampling_requests(bundle, run_id)
     capability = capability_requests()
     return Plan(
         weighbridge_version=__version__,
-        run_id=secrets.token_hex(8),
+        run_id=run_id,
         created_at=created_at or datetime.now(UTC).isoformat(timespec="seconds"),
         endpoint=endpoint,
         policy=policy,
@@ -148,8 +155,10 @@ def make_plan(
         fleet_size=fleet_size,
         draw=Draw(seed=seed, commitment=_commitment(seed, identity, bundle.identity if bundle else None, policy)),
         capability_requests=capability,
+        prompt_requests=prompts,
         probe_requests=probes,
-        estimate=_estimate(endpoint, bundle, capability, probes),
+        sampling_requests=sampling,
+        estimate=_estimate(endpoint, bundle, [*capability, *prompts, *sampling], probes),
     )
 
 
@@ -163,7 +172,11 @@ def check_draw(plan: Plan, bundle: Bundle) -> None:
     """
     drawn = _drawn(bundle, plan.level, plan.draw.seed)
     committed = _commitment(plan.draw.seed, plan.pool, plan.reference, plan.policy, plan.weighbridge_version)
-    if [r.probe.id for r in plan.probe_requests] != drawn or plan.draw.commitment != committed:
+    fixed = (plan.prompt_requests, plan.sampling_requests) == (
+        _prompt_requests(bundle),
+        sampling_requests(bundle, plan.run_id),
+    )
+    if [r.probe.id for r in plan.probe_requests] != drawn or plan.draw.commitment != committed or not fixed:
         raise RunFolderError(
             "the plan's probes are not the draw of its seed", "A run whose plan was changed cannot be judged"
         )
@@ -172,6 +185,14 @@ def check_draw(plan: Plan, bundle: Bundle) -> None:
 def _drawn(bundle: Bundle, level: LogprobLevel, seed: str) -> list[str]:
     pool = bundle.pool_at(level)
     return [] if pool is None else draw(bundle.usable_probes(pool), seed)
+
+
+def _prompt_requests(bundle: Bundle) -> list[PlannedRequest]:
+    recorded = bundle.pool_at("prompt")
+    if recorded is None:
+        return []
+    pool = pool_at_hand(bundle, recorded)
+    return [PlannedRequest(request_id=f"prompt-{n:02d}", probe=probe) for n, probe in enumerate(pool.probes, start=1)]
 
 
 def _request(bundle: Bundle, level: LogprobLevel, request_id: str, probe: Probe) -> PlannedRequest:
@@ -202,16 +223,17 @@ def _path_to_remember(bundle: Bundle | None) -> str | None:
 
 
 def _estimate(
-    endpoint: Endpoint, bundle: Bundle | None, capability: list[PlannedRequest], probes: list[PlannedRequest]
+    endpoint: Endpoint, bundle: Bundle | None, fixed: list[PlannedRequest], probes: list[PlannedRequest]
 ) -> Estimate:
-    requests = min(endpoint.limits.max_requests, MOST_CAPABILITY_REQUESTS + len(probes))
-    tokens = sum(worst_case_tokens(request)[0] for request in capability)
-    completion = MOST_CAPABILITY_REQUESTS
+    """The most that can be sent: what is always asked, and then probes until the limit."""
+    requests = min(endpoint.limits.max_requests, len(fixed) + len(probes))
+    first = fixed[:requests]
+    tokens = sum(worst_case_tokens(request)[0] for request in first)
+    completion = sum(worst_case_tokens(request)[1] for request in first)
     if bundle is not None:
-        sent = probes[: max(0, endpoint.limits.max_requests - 2)]
+        sent = probes[: requests - len(first)]
         tokens += int(sum(bundle.prompt_tokens[0, bundle.probe_index[request.probe.id]] for request in sent))
         completion += sum(request.max_tokens for request in sent)
-    completion = max(completion, requests) if probes and probes[0].max_tokens > 1 else requests
     cost = endpoint.price.cost_usd(tokens, completion) if endpoint.price else None
     source = "the endpoint's [price], retries not counted" if endpoint.price else "no price was given"
     return Estimate(

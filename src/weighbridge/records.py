@@ -194,13 +194,16 @@ class PlannedRequest(Record):
     """One request of a plan, in sending order.
 
     ``max_tokens`` are generated at temperature 0 where they are more than one; a ``forced`` request ends with the assistant's own
-    words and asks for the logprobs of its prompt.
+    words and asks for the logprobs of its prompt; a ``raw`` one sends the reference's own tokens and no conversation.
+    ``settings`` are fields of the body that are asked instead of the usual ones.
     """
 
     request_id: str
     probe: Probe
     max_tokens: int = Field(default=1, ge=1, le=512)
     forced: bool = False
+    raw: bool = False
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class BundleIdentity(Record):
@@ -251,10 +254,25 @@ class Plan(Record):
     level: LogprobLevel = "L3"
     fleet_size: int = Field(default=1, ge=1, description="how many endpoints are judged together")
     capability_requests: list[PlannedRequest]
-    probe_requests: list[PlannedRequest]
+    prompt_requests: list[PlannedRequest] = Field(description="what becomes of a prompt")
+    probe_requests: list[PlannedRequest] = Field(description="the weights; sent until the question is answered")
+    sampling_requests: list[PlannedRequest] = Field(description="what becomes of sampling parameters")
     estimate: Estimate
 
     model_config = Record.model_config | {"populate_by_name": True}
+
+    @property
+    def requests(self) -> list[PlannedRequest]:
+        """All of them, in the order in which they would be sent, and after them the raw twins of the probes."""
+        raw = [raw_twin(request) for request in self.probe_requests]
+        return [
+            *self.capability_requests, *self.prompt_requests, *self.probe_requests, *self.sampling_requests, *raw,
+        ]  # fmt: skip
+
+
+def raw_twin(request: PlannedRequest) -> PlannedRequest:
+    """The same probe as the reference's own tokens, which no chat template touches."""
+    return request.model_copy(update={"request_id": f"raw-{request.request_id}", "raw": True})
 
 
 # -- exchanges -------------------------------------------------------------------------------------------------
@@ -321,14 +339,16 @@ class Position(Record):
     """One place of a text: the token that stands there, where it is known, and the most likely ones."""
 
     bytes_hex: str | None
+    logprob_nats: Finite | None = None
     top: list[TopToken]
 
 
 class Observation(Record):
     """The flat facts read from the last attempt of one request.
 
-    ``top`` is the list of the first generated token; ``positions`` holds one list for each generated token where more than one
-    was asked for, or one for each token of the prompt where its logprobs were.
+    ``top`` is the list of the first generated token and ``drawn`` that token; ``positions`` holds one list for each generated token
+    where more than one was asked for, or one for each token of the prompt where its logprobs were. ``raw`` answers are those to the
+    reference's own tokens.
     """
 
     schema_: Literal["weighbridge/observation/1"] = Field(default="weighbridge/observation/1", alias="schema")
@@ -347,6 +367,13 @@ class Observation(Record):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    shows_reasoning: bool = False
+    raw: bool = False
+    streamed: bool = False
+    text: str | None = Field(default=None, description="the beginning of what was generated")
+    choices: int | None = None
+    drawn: TopToken | None = None
     top: list[TopToken] | None = None
     positions: list[Position] | None = None
     quirks: list[str] = Field(default_factory=list)

@@ -1,14 +1,17 @@
 """weighbridge lab."""
 
+import dataclasses
 import threading
 
 import click
+from pydantic import TypeAdapter, ValidationError
 
 from weighbridge.cli.common import json_option, print_json, talk
 from weighbridge.errors import ConfigurationError
 from weighbridge.lab.checkpoint import lab_checkpoint
-from weighbridge.lab.front import HONEST_TOP_LOGPROBS, MODEL_NAME, Lies
+from weighbridge.lab.front import MODEL_NAME
 from weighbridge.lab.gemma import fetch_gemma
+from weighbridge.lab.lies import Lies
 from weighbridge.lab.provider import lab_endpoint
 from weighbridge.lab.variants import GEMMA, TORCH_VARIANTS, VARIANTS, TorchVariant, Variant
 
@@ -17,6 +20,8 @@ ENGINES: dict[str, dict[str, Variant] | dict[str, TorchVariant]] = {
     "transformers": TORCH_VARIANTS,
 }
 DEFAULT_VARIANTS = {"llama.cpp": "f16", "transformers": "f32"}
+_HONEST = {lie.name: lie.default for lie in dataclasses.fields(Lies)}
+_LIES = f"NAME is one of {', '.join(_HONEST)}; request fields are given with commas between them."
 
 
 def _say(line: str) -> None:
@@ -30,6 +35,31 @@ def _variant(engine: str, name: str) -> Variant | TorchVariant:
             f"the lab has no variant {name!r} for {engine}", f"Name one of {', '.join(ENGINES[engine])}"
         )
     return variant
+
+
+def _llama_variant(name: str) -> Variant:
+    variant = VARIANTS.get(name)
+    if variant is None:
+        raise ConfigurationError(f"llama.cpp has no variant {name!r} in the lab", f"Name one of {', '.join(VARIANTS)}")
+    return variant
+
+
+def _lies(told: tuple[str, ...]) -> Lies:
+    """Read what ``--lie`` says; the types are those of the fields of `Lies`."""
+    given: dict[str, object] = {}
+    for lie in told:
+        name, sign, value = lie.partition("=")
+        if name not in _HONEST or not sign:
+            raise ConfigurationError(f"--lie {lie} names no lie", f"Write NAME=VALUE. {_LIES}")
+        if name in given:
+            raise ConfigurationError(f"--lie {name} was given twice", "Give it once")
+        given[name] = value.split(",") if isinstance(_HONEST[name], tuple) else value
+    try:
+        return TypeAdapter(Lies).validate_python(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        raise ConfigurationError(f"--lie {name}={given[name]}: {first['msg']}", "Correct it and run again") from None
 
 
 @click.group("lab")
@@ -78,36 +108,22 @@ def folder() -> int:
 @click.option(
     "--variant", "name", help="What to serve: one of the engine's variants.  [default: f16; transformers: f32]"
 )
+@click.option("--template", help="Serve these weights under the chat template of another of llama.cpp's variants.")
 @click.option("--port", default=0, help="0 for any free port.")
-@click.option("--ignore-temperature", is_flag=True, help="Lie: use temperature 1, whatever is asked.")
-@click.option("--logprobs-after-temperature", is_flag=True, help="Report logprobs after dividing by the temperature.")
-@click.option(
-    "--max-top-logprobs",
-    type=click.IntRange(0, HONEST_TOP_LOGPROBS),
-    default=HONEST_TOP_LOGPROBS,
-    show_default=True,
-    help="Return at most so many; 0 for none.",
-)
-@click.option("--sentinels", is_flag=True, help="Lie: the second half of each list says -9999.")
-@click.option("--divert-to", help="Lie: another variant of the engine answers some requests.")
-@click.option("--divert-share", type=click.FloatRange(0, 1), default=0.0, help="The share of requests that it answers.")
-@click.option("--usage-offset", type=int, default=0, help="Lie: add this to the reported prompt tokens.")
+@click.option("--divert-to", help="Lie: another variant of the engine answers some requests; see divert_share.")
+@click.option("--forge-from", help="Lie: the logprobs are those of one of llama.cpp's variants.")
+@click.option("--lie", "told", multiple=True, metavar="NAME=VALUE", help=f"Tell a lie; repeatable. {_LIES}")
 def serve(
-    engine: str, name: str | None, port: int, ignore_temperature: bool, logprobs_after_temperature: bool, max_top_logprobs: int, sentinels: bool,
-    divert_to: str | None, divert_share: float, usage_offset: int,
+    engine: str, name: str | None, template: str | None, port: int, divert_to: str | None, forge_from: str | None, told: tuple[str, ...]
 ) -> int:  # fmt: skip
     """Serve one variant on this machine until interrupted."""
-    lies = Lies(
-        ignore_temperature=ignore_temperature,
-        logprobs_after_temperature=logprobs_after_temperature,
-        max_top_logprobs=max_top_logprobs,
-        sentinels=sentinels,
-        divert_share=divert_share,
-        usage_offset=usage_offset,
-    )
+    lies = _lies(told)
     variant = _variant(engine, name or DEFAULT_VARIANTS[engine])
+    if template is not None:
+        variant = dataclasses.replace(variant, template=_llama_variant(template).template)
     diverted_to = _variant(engine, divert_to) if divert_to else None
-    with lab_endpoint(variant, lies, _say, diverted_to=diverted_to, port=port) as front:
+    forged_from = _llama_variant(forge_from) if forge_from else None
+    with lab_endpoint(variant, lies, _say, diverted_to=diverted_to, forged_from=forged_from, port=port) as front:
         click.echo(f"serving {variant.name} as {MODEL_NAME} at {front.base_url}")
         _say("stop with Ctrl-C")
         try:

@@ -13,12 +13,21 @@ from weighbridge.records import Endpoint, Exchange, Observation, PlannedRequest
 class Dialect(Protocol):
     """One kind of API."""
 
-    path: str
+    def path(self, request: PlannedRequest) -> str:
+        """Where a request is sent, relative to the base URL."""
+        ...
 
     def body(
-        self, endpoint: Endpoint, request: PlannedRequest, *, temperature: float, top_logprobs: int, seed: int
+        self,
+        endpoint: Endpoint,
+        request: PlannedRequest,
+        *,
+        temperature: float,
+        top_logprobs: int,
+        seed: int,
+        prompt_ids: list[int],
     ) -> dict[str, Any]:
-        """The JSON body that asks a request, with every sampling parameter stated."""
+        """The JSON body that asks a request, with every sampling parameter stated; `prompt_ids` are those of a raw one."""
         ...
 
     def observe(self, probe_id: str, attempts: list[Exchange]) -> Observation:

@@ -1,4 +1,4 @@
-"""OpenAI-style chat completions."""
+"""OpenAI-style chat completions, and completions of token ids."""
 
 import base64
 import json
@@ -17,20 +17,30 @@ _NOT_A_NAME = tuple(mark.encode() for mark in "\ufffdĠĊĉ▁")
 _MAX_TEXT = 200
 _MAX_TOP = 10_000
 _MAX_POSITIONS = 4096
+_MAX_EVENTS = 100_000
+_MAX_GENERATED = 2000  # characters of a text that are kept
 
 
 class OpenAIChat:
-    """POST /chat/completions."""
+    """POST /chat/completions, and /completions for what is sent as token ids."""
 
-    path = "/chat/completions"
+    def path(self, request: PlannedRequest) -> str:
+        """Where a request is sent."""
+        return "/completions" if request.raw else "/chat/completions"
 
     def body(
-        self, endpoint: Endpoint, request: PlannedRequest, *, temperature: float, top_logprobs: int, seed: int
+        self,
+        endpoint: Endpoint,
+        request: PlannedRequest,
+        *,
+        temperature: float,
+        top_logprobs: int,
+        seed: int,
+        prompt_ids: list[int],
     ) -> dict[str, Any]:
         """The body of a request. What is not stated here, a server fills in as it likes."""
         body: dict[str, Any] = {
             "model": endpoint.model,
-            "messages": [message.model_dump() for message in request.probe.messages],
             "max_tokens": request.max_tokens,
             "n": 1,
             "temperature": temperature,
@@ -40,12 +50,18 @@ class OpenAIChat:
             "seed": seed,
             "stream": False,
         }
+        if request.raw:
+            body["prompt"] = prompt_ids
+            return body | {"logprobs": top_logprobs} | endpoint.extra_body
+        body["messages"] = [message.model_dump() for message in request.probe.messages]
+        if request.probe.tools is not None:
+            body["tools"] = request.probe.tools
         if top_logprobs > 0:
             body |= {"logprobs": True, "top_logprobs": top_logprobs}
         if request.forced:
             # As vLLM and SGLang name them: the last message is gone on with, and the prompt's own logprobs are returned.
             body |= {"prompt_logprobs": top_logprobs, "continue_final_message": True, "add_generation_prompt": False}
-        return body | endpoint.extra_body
+        return body | request.settings | endpoint.extra_body
 
     def observe(self, probe_id: str, attempts: list[Exchange]) -> Observation:
         """Read the last attempt. Whatever the endpoint sent, this returns an observation and never raises."""
@@ -56,6 +72,7 @@ class OpenAIChat:
             "attempts": len(attempts),
             "latency_s": last.latency_s,
             "status": last.status,
+            "raw": "messages" not in attempts[-1].sent.body,
         }
         if last.failure is not None:
             return Observation(**facts, answered=False, fault=last.failure, fault_detail=_text(last.failure_detail))
@@ -69,6 +86,9 @@ class OpenAIChat:
                 fault_detail=f"redirects to {where}; redirects are never followed",
             )
         document, fault = _parse(raw)
+        if last.status == 200 and raw.lstrip().startswith("data:"):
+            document, fault = _from_stream(raw), None
+            facts["streamed"] = True
         if last.status != 200:
             detail = _error_message(document) or _text(raw.strip()) or "no explanation"
             return Observation(**facts, answered=False, fault=f"http_{last.status}", fault_detail=detail)
@@ -106,6 +126,35 @@ def _parse(raw: str) -> tuple[Any, str | None]:
         return None, "truncated_json" if text.startswith(("{", "[")) else "not_json"
 
 
+def _from_stream(raw: str) -> dict[str, Any]:
+    """The events of a stream put together into one answer, as far as they can be read."""
+    document: dict[str, Any] = {"choices": []}
+    texts: list[str] = []
+    content: list[Any] = []
+    choice: dict[str, Any] = {}
+    for line in raw.splitlines()[:_MAX_EVENTS]:
+        if not line.startswith("data:") or line.removeprefix("data:").strip() == "[DONE]":
+            continue
+        event, _ = _parse(line.removeprefix("data:"))
+        if not isinstance(event, dict):
+            continue
+        if event.get("error"):
+            return {"error": event["error"]}
+        document |= {k: v for k, v in event.items() if k != "choices" and v is not None}
+        choices = event.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            continue
+        if choices[0].get("finish_reason") is not None:
+            choice["finish_reason"] = choices[0]["finish_reason"]
+        delta, logprobs = choices[0].get("delta"), choices[0].get("logprobs")
+        if isinstance(delta, dict) and isinstance(delta.get("content"), str):
+            texts.append(delta["content"])
+        if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
+            content += logprobs["content"]
+        document["choices"] = [choice | {"message": {"content": "".join(texts)}, "logprobs": {"content": content}}]
+    return document
+
+
 def _error_message(document: Any) -> str | None:
     error = document.get("error") if isinstance(document, dict) else None
     if isinstance(error, dict):
@@ -127,8 +176,9 @@ def _count(value: Any) -> int | None:
 def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, Any]) -> Observation:
     usage = document.get("usage")
     usage = usage if isinstance(usage, dict) else {}
-    details = usage.get("prompt_tokens_details")
+    details, spent = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
     facts |= {
+        "reasoning_tokens": _count(spent.get("reasoning_tokens")) if isinstance(spent, dict) else None,
         "model_named": _text(document.get("model")),
         "provider_named": _text(document.get("provider")),
         "fingerprint": _text(document.get("system_fingerprint")),
@@ -140,16 +190,28 @@ def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, An
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         return Observation(**facts, answered=False, fault="no_choices", fault_detail="the answer has no choices")
     choice = choices[0]
-    facts["finish_reason"] = _text(choice.get("finish_reason"))
+    message = choice.get("message")
+    message = message if isinstance(message, dict) else {"content": choice.get("text")}
+    text = message.get("content")
+    facts |= {
+        "finish_reason": _text(choice.get("finish_reason")),
+        "choices": len(choices),
+        "text": text[:_MAX_GENERATED].encode("utf-8", "replace").decode() if isinstance(text, str) else None,
+        "shows_reasoning": any(
+            isinstance(message.get(name), str) and message[name] != "" for name in ("reasoning_content", "reasoning")
+        ),
+    }
     logprobs = choice.get("logprobs")
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    content = _legacy_lists(logprobs) if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not content or not isinstance(content[0], dict):
-        message = choice.get("message")
-        empty = not (isinstance(message, dict) and message.get("content"))
+        empty = not text
         # Where the only token is the end of the turn, llama.cpp leaves the logprobs out.
         fault = "end_of_turn" if empty and facts["finish_reason"] is not None else "no_logprobs"
         return Observation(**facts, answered=True, fault=fault, fault_detail="the answer carries no logprobs")
     top, quirks, fault_detail = _top_tokens(content[0].get("top_logprobs"))
+    drawn_bytes, drawn_nats = _token_bytes(content[0], set()), _nats(content[0].get("logprob"))
+    if drawn_bytes is not None and drawn_nats is not None:
+        facts["drawn"] = TopToken(bytes_hex=drawn_bytes, logprob_nats=drawn_nats)
     positions: list[Position] | None = None
     if fault_detail is None and asked.get("prompt_logprobs"):
         positions, quirks, fault_detail = _positions(_prompt_lists(document, choice), quirks)
@@ -166,6 +228,28 @@ def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, An
             quirks=quirks,
         )
     return Observation(**facts, answered=True, top=top, positions=positions, quirks=quirks)
+
+
+def _legacy_lists(logprobs: dict[str, Any]) -> Any:
+    """The lists of an answer, in the shape that chat gives them; completions name each token once and list texts."""
+    tokens, values, tops = (logprobs.get(name) for name in ("tokens", "token_logprobs", "top_logprobs"))
+    if logprobs.get("content") is not None or not isinstance(tokens, list) or not isinstance(tops, list):
+        return logprobs.get("content")
+    values = values if isinstance(values, list) else []
+    lists = []
+    for i, (token, top) in enumerate(zip(tokens[:_MAX_POSITIONS], tops[:_MAX_POSITIONS], strict=False)):
+        entries = top.items() if isinstance(top, dict) else []
+        lists.append({
+            "token": token, "logprob": values[i] if i < len(values) else None,
+            "top_logprobs": [{"token": name, "logprob": value} for name, value in entries],
+        })  # fmt: skip
+    return lists
+
+
+def _nats(value: Any) -> float | None:
+    """A logprob that is one, else None."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and SENTINEL_NATS < value <= 1e-4
+    return float(value) if usable else None
 
 
 def _prompt_lists(document: dict[str, Any], choice: dict[str, Any]) -> list[Any]:
@@ -194,7 +278,7 @@ def _positions(entries: list[Any], quirks: list[str]) -> tuple[list[Position], l
         if fault is not None:
             return [], sorted(met | set(more)), fault
         met |= set(more)
-        found.append(Position(bytes_hex=_token_bytes(entry, set()), top=top))
+        found.append(Position(bytes_hex=_token_bytes(entry, set()), logprob_nats=_nats(entry.get("logprob")), top=top))
     return found, sorted(met), None
 
 

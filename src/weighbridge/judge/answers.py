@@ -37,6 +37,8 @@ class Residuals:
         How many probes were asked, those without an answer or without logprobs included.
     repeated : int
         Answers that were left out because an earlier one, to another probe, was the same to the last digit.
+    probe_ids : tuple of str
+        Of each answer.
     """
 
     answer_of_row: NDArray[np.int64]
@@ -49,6 +51,7 @@ class Residuals:
     answers: int
     asked: int
     repeated: int
+    probe_ids: tuple[str, ...] = ()
 
 
 def line_up(library: Library, observations: list[Observation]) -> Residuals:
@@ -66,6 +69,7 @@ def line_up(library: Library, observations: list[Observation]) -> Residuals:
     seen: set[tuple[tuple[str, float], ...]] = set()
     lists: list[tuple[int, int, list[TopToken], bool]] = []  # answer, row, list, whether names were guessed
     repeated = answers = 0
+    probe_of_answer: list[str] = []
     for observation in observations:
         if observation.probe_id not in unit_of or observation.probe_id in answered:
             continue
@@ -80,6 +84,7 @@ def line_up(library: Library, observations: list[Observation]) -> Residuals:
         seen.add(whole)
         lists += [(answers, row, top, "bytes_absent" in observation.quirks) for row, top in found]
         answers += 1
+        probe_of_answer.append(observation.probe_id)
     r, bank = len(lists), len(library.variants)
     endpoint_nats = np.full((r, k), np.nan)
     reference_nats = np.full((r, k), np.nan)
@@ -117,6 +122,7 @@ def line_up(library: Library, observations: list[Observation]) -> Residuals:
         answers=int(kept.size),
         asked=len({o.probe_id for o in observations}),
         repeated=repeated,
+        probe_ids=tuple(probe_of_answer[answer] for answer in kept.tolist()),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from weighbridge.judge.answers import Residuals
 from weighbridge.judge.library import Library
+from weighbridge.judge.renderings import PromptReading
 from weighbridge.judge.sizes import WeightEvidence
 from weighbridge.records import Capability, Finding, Observation, Plan
 
@@ -13,8 +14,28 @@ from weighbridge.records import Capability, Finding, Observation, Plan
 class Case:
     """One audit at one moment.
 
-    ``answers`` holds the observations of the probes, in the order of the draw; ``library``, ``residuals`` and
-    ``evidence`` are ``None`` where there is no reference or there are no logprobs.
+    Attributes
+    ----------
+    plan, capability
+        What was decided, and what the endpoint exposes.
+    answers, prompt_answers, raw_answers : list of Observation
+        Of the weights' probes in the order of the draw, of the probes that tell what becomes of a prompt, and of the
+        weights' probes that were sent as tokens.
+    sampling : dict of Observation
+        Answers to the requests of `weighbridge.sampling`, by their names.
+    reading : PromptReading or None
+        What answers and counts say of each rendering; None where there is no reference.
+    served : str or None
+        The rendering under which the weights are judged; None where what is served is another prompt than any recorded one, or
+        it is not known whether it is the prompt or the weights that differ.
+    official_differs : bool
+        Whether the answers are none of the reference's under the official prompt, for whatever reason.
+    mixed : bool
+        Whether some answers are the reference's and some are not, among prompts of the same structure.
+    library, residuals, evidence
+        Under that rendering, or the official one where it is None; None where there is no reference or there are no logprobs.
+    raw_residuals, raw_evidence
+        The same of the answers to the reference's own tokens.
     """
 
     plan: Plan
@@ -23,6 +44,20 @@ class Case:
     library: Library | None
     residuals: Residuals | None
     evidence: WeightEvidence | None
+    prompt_answers: list[Observation]
+    raw_answers: list[Observation]
+    sampling: dict[str, Observation]
+    reading: PromptReading | None
+    served: str | None
+    official_differs: bool
+    mixed: bool = False
+    raw_residuals: Residuals | None = None
+    raw_evidence: WeightEvidence | None = None
+
+    @property
+    def observed(self) -> list[Observation]:
+        """Every answer that has come back."""
+        return [*self.prompt_answers, *self.answers, *self.raw_answers, *self.sampling.values()]
 
 
 class Check(Protocol):

@@ -64,7 +64,7 @@ def weigh_causes(library: Library, evidence: WeightEvidence, policy: Policy) -> 
     null, features = evidence.null, evidence.features
     honest = log_scale_evidence(features.log_scales, null.means, null.sd, null.between_sd, null.degrees)
     rows: dict[str, list[tuple[StackRecord, float, float]]] = {}
-    for stack, log_e, log_bf in _of_bank(library, evidence, policy, honest):
+    for stack, log_e, log_bf in _of_variants(library, evidence, policy, honest):
         rows.setdefault(group_of(stack), []).append((stack, log_e, log_bf))
     out = []
     for key, members in rows.items():
@@ -111,9 +111,9 @@ class _Model:
 
 @lru_cache(maxsize=4)
 def _models(library: Library, null: Null) -> list[_Model]:
-    """One for each thing in the bank; the same for every audit against this null."""
+    """One for each variant; the same for every audit against this null."""
     out = []
-    for w, stack in enumerate(library.bank):
+    for w, stack in enumerate(library.variants):
         blurred = travels(stack) and bool(np.isfinite(null.travelled_log_scales[w]).any())
         sizes = null.travelled_log_scales[w] if blurred else library.variant_log_scales[w][None]
         mean, sd = float(np.nanmean(sizes)), max(float(np.nanstd(sizes)), null.sd)
@@ -129,12 +129,12 @@ def _models(library: Library, null: Null) -> list[_Model]:
     return out
 
 
-def _of_bank(
+def _of_variants(
     library: Library, evidence: WeightEvidence, policy: Policy, honest: float
 ) -> Iterator[tuple[StackRecord, float, float]]:
     """Each recorded departure with its log e-value and tempered log Bayes factor."""
     null, features = evidence.null, evidence.features
-    for w, (stack, model) in enumerate(zip(library.bank, _models(library, null), strict=True)):
+    for w, (stack, model) in enumerate(zip(library.variants, _models(library, null), strict=True)):
         multiple = float(np.exp(model.mean - null.mean))
         parts = [np.zeros_like(evidence.log_size)]
         if multiple > 1:

@@ -1,6 +1,7 @@
 """The honest library: what a bundle's stacks look like to an endpoint that returns k logprobs, under a policy."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +121,7 @@ class Library:
     """
 
     bundle: Bundle
+    policy: Policy
     level: LogprobLevel
     rendering: str
     top_k: int
@@ -188,7 +190,8 @@ def build_library(
     return _build(bundle, policy, top_k, level, bfloat16_logprobs, None, OFFICIAL)
 
 
-def build_rendered(official: Library, policy: Policy, rendering: str) -> Library | None:
+@lru_cache(maxsize=32)
+def build_rendered(official: Library, rendering: str) -> Library | None:
     """The library under another rendering of the prompts; None where too little was recorded under it.
 
     Fewer stacks are recorded there, so an honest one is allowed what the official library allows it: more, where those that
@@ -197,7 +200,7 @@ def build_rendered(official: Library, policy: Policy, rendering: str) -> Library
     bundle, level = official.bundle, official.level
     if unfit_to_judge(bundle, level, rendering) is not None:
         return None
-    return _build(bundle, policy, official.top_k, level, official.bfloat16_logprobs, official, rendering)
+    return _build(bundle, official.policy, official.top_k, level, official.bfloat16_logprobs, official, rendering)
 
 
 def _build(
@@ -252,6 +255,7 @@ def _build(
             kinds.append(grid)
     return Library(
         bundle=bundle,
+        policy=policy,
         level=level,
         rendering=rendering,
         top_k=top_k,
@@ -262,7 +266,9 @@ def _build(
         honest=honest,
         variants=variants,
         reference_nats=reference_rows,
-        most_unlisted_nats=_most_unlisted(bundle, rows, reference_rows),
+        most_unlisted_nats=np.array(
+            [most_unlisted(bundle, row, values) for row, values in zip(rows.tolist(), reference_rows, strict=True)]
+        ),
         differences_nats=differences,
         honest_log_scales=honest_scales,
         variant_log_scales=variant_scales,
@@ -403,11 +409,9 @@ def _null(
     )
 
 
-def _most_unlisted(bundle: Bundle, rows: Ints, reference_rows: Floats) -> Floats:
-    out = np.asarray(np.nanmin(reference_rows, axis=1))
-    for i, row in enumerate(rows.tolist()):
-        named = list(bundle.columns_of_row(row).values())
-        nameless = np.exp(np.nan_to_num(np.delete(reference_rows[i], named), nan=-np.inf)).sum()
-        if nameless > 0:
-            out[i] = max(out[i], float(np.log(nameless)))
-    return out
+def most_unlisted(bundle: Bundle, row: int, reference_row: Floats) -> float:
+    """The most that a token can have in a reference row which is not found in its list by its bytes."""
+    most = float(np.nanmin(reference_row))
+    named = list(bundle.columns_of_row(row).values())
+    nameless = float(np.exp(np.nan_to_num(np.delete(reference_row, named), nan=-np.inf)).sum())
+    return max(most, float(np.log(nameless))) if nameless > 0 else most

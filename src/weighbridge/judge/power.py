@@ -49,17 +49,17 @@ def put_on(library: Library, variant: int, stack: int) -> Features:
     Parameters
     ----------
     variant : int
-        Index into ``library.bank``.
+        Index into ``library.variants``.
     stack : int
         Index into ``library.honest``.
     """
     bundle, reference = library.bundle, library.reference_nats
     honest = bundle.logprobs_nats[bundle.stack_index[library.honest[stack].id]].astype(np.float64)[library.rows]
     whole = reference + library.differences_nats[variant]
-    moves = travels(library.bank[variant])
+    moves = travels(library.variants[variant])
     columns, endpoint = own_top(whole + honest - reference if moves else whole, library.top_k)
     bank = np.take_along_axis(
-        library.differences_nats, np.broadcast_to(columns, (len(library.bank), *columns.shape)), axis=2
+        library.differences_nats, np.broadcast_to(columns, (len(library.variants), *columns.shape)), axis=2
     )
     if not moves:
         bank = bank.copy()

@@ -1,6 +1,6 @@
 """How large an endpoint's residuals are, which way they point, and what that is evidence for.
 
-Everything here is a number or an array; `weighbridge.judge.weights` puts it into words.
+Everything here is a number or an array; `weighbridge.judge.checks.weights` puts it into words.
 """
 
 from dataclasses import dataclass

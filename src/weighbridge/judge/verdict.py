@@ -1,14 +1,18 @@
 """From findings to a verdict, under a policy."""
 
+from dataclasses import replace
+
 from weighbridge import __version__
-from weighbridge.judge.answers import line_up
 from weighbridge.judge.case import Case, Check
-from weighbridge.judge.faults import explain
-from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library
-from weighbridge.judge.other_axes import check_route, check_sampling, check_share, check_usage
-from weighbridge.judge.prompt import check_prompt
-from weighbridge.judge.sizes import weigh
-from weighbridge.judge.weights import (
+from weighbridge.judge.checks.caching import check_caching
+from weighbridge.judge.checks.counting import check_counting
+from weighbridge.judge.checks.parameters import check_parameters
+from weighbridge.judge.checks.prompt import check_prompt
+from weighbridge.judge.checks.reasoning import check_reasoning, hides_reasoning
+from weighbridge.judge.checks.route import check_route
+from weighbridge.judge.checks.sampling import check_sampling
+from weighbridge.judge.checks.share import check_share
+from weighbridge.judge.checks.weights import (
     answers_for_consistent,
     check_weights,
     differs_after,
@@ -16,48 +20,61 @@ from weighbridge.judge.weights import (
     looks_like_temperature,
     may_be_mixed,
 )
+from weighbridge.judge.faults import explain
+from weighbridge.judge.library import build_rendered
 from weighbridge.records import (
     AXES,
     Axis,
-    Capability,
     Cause,
     Finding,
     Findings,
     Observation,
     Outcome,
-    Plan,
     Verdict,
     VerdictWord,
 )
+from weighbridge.reference.bundle import OFFICIAL
 
-CHECKS: tuple[Check, ...] = (check_route, check_prompt, check_sampling, check_weights, check_share, check_usage)
-
-
-def open_case(plan: Plan, capability: Capability, answers: list[Observation], library: Library | None) -> Case:
-    """Line the answers up with the library."""
-    # Logprobs whose meaning is not known are evidence of nothing.
-    if library is None or capability.top_logprobs < MIN_TOP_LOGPROBS or capability.temperature_regime == "other":
-        return Case(plan, capability, answers, library, None, None)
-    lined_up = line_up(library, answers)
-    if lined_up.answers == 0:
-        return Case(plan, capability, answers, library, lined_up, None)
-    return Case(plan, capability, answers, library, lined_up, weigh(library, lined_up, plan.policy))
+# Of the checks of one axis the first one speaks for it, unless another one finds something inconsistent.
+CHECKS: tuple[Check, ...] = (
+    check_route, check_prompt, check_sampling, check_weights, check_share,
+    check_counting, check_parameters, check_caching, check_reasoning,
+)  # fmt: skip
+# Answers after which every recorded rendering has had its chance.
+ENOUGH_FOR_A_PROMPT = 8
 
 
 def is_decided(case: Case) -> bool:
-    """Whether further answers of this level would change nothing that the policy requires."""
-    if case.evidence is None:
+    """Whether further answers of this kind would change nothing that the policy requires."""
+    evidence, policy = case.evidence, case.plan.policy
+    if case.served is None:
+        return len(case.answers) >= ENOUGH_FOR_A_PROMPT
+    if evidence is None:
         return False
-    counted = sum(o.prompt_tokens is not None for o in case.answers)
-    policy = case.plan.policy
-    if is_consistent(case.evidence, policy):
+    if is_consistent(evidence, policy):
         return True
-    if looks_like_temperature(case.evidence, policy):
-        return case.evidence.answers >= answers_for_consistent(case.evidence, policy)
-    if differs_after(case.evidence, policy) is None or may_be_mixed(case.evidence, policy):
+    if looks_like_temperature(evidence, policy):
+        return evidence.answers >= answers_for_consistent(evidence, policy)
+    if differs_after(evidence, policy) is None or (case.served == OFFICIAL and may_be_mixed(evidence, policy)):
         return False
     # A wrong prompt is told from wrong weights by token counts, where the endpoint reports any.
+    counted = case.reading.counted if case.reading is not None else 0
     return counted >= policy.min_counted or counted == 0 or len(case.answers) > counted + policy.min_counted
+
+
+def is_decided_raw(case: Case) -> bool:
+    """Whether further answers to the reference's own tokens would change nothing."""
+    evidence, policy = case.raw_evidence, case.plan.policy
+    return evidence is not None and (is_consistent(evidence, policy) or differs_after(evidence, policy) is not None)
+
+
+def useful_probes(case: Case) -> set[str] | None:
+    """The probes that can still tell something; None for all."""
+    if case.served in (None, OFFICIAL) or case.library is None:
+        return None
+    official = case.library if case.library.rendering == OFFICIAL else None
+    rendered = case.library if official is None else build_rendered(official, str(case.served))
+    return set() if rendered is None else set(rendered.probe_ids)
 
 
 def judge(
@@ -83,15 +100,15 @@ def judge(
     observations_sha256 : str
         Of observations.jsonl: what the verdict is bound to.
     """
-    findings = [check(case) for check in CHECKS]
-    by_axis = {finding.axis: finding for finding in findings}
-    by_axis["weights"] = _weights_under_prompt(by_axis["weights"], by_axis["prompt"])
-    if by_axis["share"].outcome == "inconsistent" and by_axis["weights"].outcome != "inconsistent":
-        by_axis["share"] = by_axis["share"].model_copy(update={"outcome": "inconclusive", "cause": None})
-    findings = [by_axis[finding.axis] for finding in findings]
+    found = {finding.check: finding for finding in (check(case) for check in CHECKS)}
+    found["weights"] = _weights_that_can_be_judged(found["weights"], case, found["sampling"])
+    if found["share"].outcome == "inconsistent" and found["weights"].outcome != "inconsistent":
+        found["share"] = found["share"].model_copy(update={"outcome": "inconclusive", "cause": None})
+    findings = list(found.values())
+    by_axis = {axis: _speaker([f for f in findings if f.axis == axis]) for axis in AXES}
     axes: dict[Axis, Outcome] = {axis: by_axis[axis].outcome for axis in AXES}
 
-    word, cause = _word_and_cause(case.plan, by_axis)
+    word, cause = _word_and_cause(case, by_axis)
     weights = by_axis["weights"]
     prompt_tokens = sum(o.prompt_tokens or 0 for o in all_observations)
     completion_tokens = sum(o.completion_tokens or 0 for o in all_observations)
@@ -121,29 +138,63 @@ def judge(
     return Findings(weighbridge_version=__version__, capability=case.capability, findings=findings), verdict
 
 
-def _weights_under_prompt(weights: Finding, prompt: Finding) -> Finding:
-    """Weights are blamed only under a prompt that is known.
-
-    It is known where the token counts are the official template's, or where a recorded variant explains the whole
-    residual: under another prompt something would be left over.
-    """
-    if weights.outcome != "inconsistent" or prompt.outcome == "consistent" or weights.exact_variant is not None:
-        return weights
-    return weights.model_copy(
-        update={
-            "outcome": "inconclusive",
-            "cause": None,
-            "family": None,
-            "summary": f"{weights.summary}; but the prompt that was served is not known, so the weights are not judged",
-            "to_resolve": "An endpoint that serves the official prompt, or the rendering that it serves in a bundle",
-        }
-    )
+def _speaker(findings: list[Finding]) -> Finding:
+    return next((f for f in findings if f.outcome == "inconsistent"), findings[0])
 
 
-def _word_and_cause(plan: Plan, by_axis: dict[Axis, Finding]) -> tuple[VerdictWord, Cause | None]:
-    wrong = [by_axis[axis] for axis in AXES if axis in plan.policy.requires and by_axis[axis].outcome == "inconsistent"]
+def _weights_that_can_be_judged(weights: Finding, case: Case, sampling: Finding) -> Finding:
+    """Weights are blamed, and cleared, only where it is known what they were asked, and that they wrote the answer."""
+    if weights.outcome not in ("consistent", "inconsistent"):
+        return _raw(case) or weights
+    if sampling.outcome == "inconsistent" and sampling.cause == "route":
+        return _open(
+            weights,
+            "the text is not written by what the logprobs come from",
+            "An endpoint whose logprobs are those of its text",
+        )
+    if hides_reasoning(case.answers):
+        return _open(weights, "tokens that are not shown stand before the answer", "An answer without reasoning")
+    if case.served is None:
+        return _raw(case) or _open(
+            weights, "whether the prompt or the weights are why is not known, so the weights are not judged",
+            "Raw completions, or an endpoint that serves the official prompt, or the rendering that it serves in a bundle",
+        )  # fmt: skip
+    if case.served != OFFICIAL:
+        return weights.model_copy(
+            update={"summary": f"Under the prompt that was served: {weights.summary[0].lower()}{weights.summary[1:]}"}
+        )
+    return weights
+
+
+def _open(weights: Finding, why: str, to_resolve: str) -> Finding:
+    update: dict[str, object] = {
+        "outcome": "inconclusive", "cause": None, "family": None, "exact_variant": None, "excluded": [], "not_excluded": [],
+        "summary": f"{weights.summary}; but {why}", "to_resolve": to_resolve,
+    }  # fmt: skip
+    return weights.model_copy(update=update)
+
+
+def _raw(case: Case) -> Finding | None:
+    """The weights by the reference's own tokens, where they were asked so and the chat's prompt is not known."""
+    if case.served is not None or case.raw_evidence is None or case.raw_residuals is None:
+        return None
+    raw = replace(case, residuals=case.raw_residuals, evidence=case.raw_evidence, mixed=False)
+    finding = check_weights(raw)
+    if finding.outcome not in ("consistent", "inconsistent"):
+        return None
+    return finding.model_copy(update={
+        "summary": f"Asked by raw completions, with no chat template in between: {finding.summary[0].lower()}{finding.summary[1:]}",
+    })  # fmt: skip
+
+
+def _word_and_cause(case: Case, by_axis: dict[Axis, Finding]) -> tuple[VerdictWord, Cause | None]:
+    required = case.plan.policy.requires
+    wrong = [by_axis[axis] for axis in AXES if axis in required and by_axis[axis].outcome == "inconsistent"]
     if wrong:
         return "differs", next((finding.cause for finding in wrong if finding.cause is not None), "none_of_these")
+    if case.official_differs and case.served is None and {"prompt", "weights"} <= set(required):
+        # It is one of the two, and either alone would do.
+        return "differs", "none_of_these"
     if by_axis["weights"].outcome == "consistent" and by_axis["prompt"].outcome == "consistent":
         return "consistent", None
     return "inconclusive", None
@@ -156,10 +207,13 @@ def _sentence(case: Case, word: VerdictWord, cause: Cause | None, by_axis: dict[
         rest = f"; not excluded: {', '.join(left)}" if left else ""
         return f"Consistent with the reference under the policy {policy.id} ({policy.title}){rest}."
     if word == "differs":
-        finding = next(f for axis, f in by_axis.items() if f.outcome == "inconsistent" and axis in policy.requires)
+        finding = next(
+            (f for axis, f in by_axis.items() if f.outcome == "inconsistent" and axis in policy.requires),
+            by_axis["prompt"],
+        )
         named = {
             "precision": "at another precision", "kv_cache": "with another KV cache", "template": "under another chat template",
-            "hidden_prompt": "with a prompt added to it", "other_model": "as another model", "partial_routing": "by something else for some requests",
+            "hidden_prompt": "with a prompt added to it", "sampling": "with other sampling", "route": "by something else", "other_model": "as another model", "partial_routing": "by something else for some requests",
         }.get(str(cause), "in a way that no recorded variant explains")  # fmt: skip
         return f"Differs from the reference under the policy {policy.id}: served {named}. {finding.summary}."
     if not case.capability.reachable:

@@ -4,10 +4,10 @@ It caps ``top_logprobs`` at 20, as real hosts do, and tells the lies that its sw
 not a part of the auditor, so it speaks HTTP with the standard library alone.
 """
 
+import copy
 import hashlib
 import http.client
 import json
-import math
 import random
 import threading
 from dataclasses import dataclass
@@ -15,42 +15,31 @@ from http.server import ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from weighbridge.lab.json_http import JsonHandler
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from weighbridge.lab.json_http import JsonHandler, post_json
+from weighbridge.lab.lies import (
+    HONEST_TOP_LOGPROBS,
+    SENTINEL,
+    VOCABULARY,
+    chat_chunks,
+    divide_by_temperature,
+    estimate_usage,
+    message_text,
+    passed_on,
+    refused_field,
+    set_reasoning_apart,
+)
+from weighbridge.lab.lies import Lies as Lies  # most callers need both
+from weighbridge.lab.variants import OFFICIAL_TEMPLATE
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-HONEST_TOP_LOGPROBS = 20
-VOCABULARY = 49152
-SENTINEL = -9999.0
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+# Added to a token's logit it leaves no chance to any other; llama.cpp's logprobs are those without it.
+_CERTAIN = 1000
 
-
-@dataclass(frozen=True)
-class Lies:
-    """Switches of the front; the default is an honest host.
-
-    Attributes
-    ----------
-    ignore_temperature : bool
-        Whatever temperature is asked for, 1 is used.
-    logprobs_after_temperature : bool
-        Logprobs are those of the distribution divided by the temperature.
-    max_top_logprobs : int
-        How many logprobs are returned at most; 0 for none.
-    sentinels : bool
-        The second half of each ``top_logprobs`` says -9999.
-    divert_share : float
-        The share of requests that the second variant answers.
-    usage_offset : int
-        Added to ``usage.prompt_tokens``.
-    """
-
-    ignore_temperature: bool = False
-    logprobs_after_temperature: bool = False
-    max_top_logprobs: int = HONEST_TOP_LOGPROBS
-    sentinels: bool = False
-    divert_share: float = 0.0
-    usage_offset: int = 0
+_official_template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(OFFICIAL_TEMPLATE)
 
 
 class Front:
@@ -64,10 +53,13 @@ class Front:
         What is misreported.
     diverted_port : int, optional
         Where the share ``lies.divert_share`` of requests goes instead.
+    forged_port : int, optional
+        Whose logprobs a chat gives out as its own: those of a llama.cpp server with the same vocabulary, which is
+        asked for each place of the text that the first server wrote, under its own chat template.
     port : int
         The front's own; 0 for any free one.
     completions : bool
-        Whether /v1/completions is offered besides the chat, which needs a server with OpenAI's shape for it.
+        Whether /v1/completions is offered besides the chat; its logprobs have the shape that the engine gives them.
     """
 
     def __init__(
@@ -76,6 +68,7 @@ class Front:
         lies: Lies,
         *,
         diverted_port: int | None = None,
+        forged_port: int | None = None,
         port: int = 0,
         completions: bool = False,
     ) -> None:
@@ -83,7 +76,9 @@ class Front:
             "backend_port": backend_port,
             "lies": lies,
             "diverted_port": diverted_port,
+            "forged_port": forged_port,
             "paths": (CHAT, COMPLETIONS) if completions else (CHAT,),
+            "stored": {},
         }
         handler = type("Handler", (_Handler,), settings)
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -103,20 +98,115 @@ class Front:
         self._thread.join()
 
 
+class _RefusedError(Exception):
+    """A request is not served; says why."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to become of the engine's logprobs.
+
+    Attributes
+    ----------
+    shown : bool
+        Whether a chat's answer gives any; the engine may be asked for them all the same.
+    kept : int
+        How many are listed at each position.
+    listed : int
+        How many the engine is asked for.
+    temperature : float or None
+        What they are divided by.
+    """
+
+    shown: bool
+    kept: int
+    listed: int
+    temperature: float | None
+
+
 class _Handler(JsonHandler):
     backend_port: ClassVar[int]
     diverted_port: ClassVar[int | None]
+    forged_port: ClassVar[int | None]
     lies: ClassVar[Lies]
+    stored: ClassVar[dict[str, dict[str, Any]]]
     model_name = MODEL_NAME
+    streams = True
 
     def answer(self, path: str, body: dict[str, Any]) -> None:
         """POST /v1/chat/completions, and /v1/completions where it is offered."""
         if body.get("model") != MODEL_NAME:
             self.send_problem(404, f"the model {str(body.get('model'))[:80]!r} does not exist")
-        else:
-            self._complete(path, body)
+            return
+        try:
+            self._serve(path, body)
+        except _RefusedError as refused:
+            self.send_problem(400, str(refused))
+        except (OSError, http.client.HTTPException, ValueError):
+            self.send_problem(502, "the engine did not answer")
 
-    def _complete(self, path: str, body: dict[str, Any]) -> None:
+    def _serve(self, path: str, body: dict[str, Any]) -> None:
+        field = refused_field(self.lies, body)
+        if field is not None:
+            raise _RefusedError(f"{field} is not supported")
+        body = passed_on(self.lies, body)
+        # The engine is always asked for the whole: what a stream tells of tokens is then up to this host.
+        streamed, options = body.pop("stream", False), body.pop("stream_options", None)
+        if streamed and path != CHAT:
+            raise _RefusedError("the lab streams chats only")
+        status, document = self._from_cache_or_engine(path, body)
+        if streamed and status == 200:
+            include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            offset = self.lies.stream_usage_offset
+            self.send_events([*chat_chunks(document, include_usage=include_usage, usage_offset=offset)])
+        else:
+            self.send_document(status, document)
+
+    def _from_cache_or_engine(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if not self.lies.cached or path != CHAT:
+            return self._complete(path, body)
+        key = json.dumps(body.get("messages"), sort_keys=True)
+        if key in self.stored:
+            document = copy.deepcopy(self.stored[key])
+            if "usage" in document:
+                document["usage"]["prompt_tokens_details"] = {"cached_tokens": document["usage"]["prompt_tokens"]}
+            return 200, document
+        status, document = self._complete(path, body)
+        if status == 200:
+            self.stored[key] = document
+        return status, document
+
+    def _complete(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Ask the engine, and make of its answer what this host says."""
+        wanted = self._ask_for_logprobs(path, body)
+        status, answer = post_json(self._port(body), path, body)
+        if status != 200:
+            return status, answer
+        if path == CHAT and self.forged_port is not None and wanted.shown:
+            for choice in answer["choices"]:
+                _forge(self.forged_port, body, choice, wanted.listed)
+        for choice in answer.get("choices", []):
+            self._alter_logprobs(choice, wanted)
+        if path == CHAT:
+            self._count(body, answer)
+            self._set_reasoning_apart(answer)
+            for choice in answer["choices"]:
+                if not wanted.shown:
+                    choice.pop("logprobs", None)
+        if self.lies.usage == "none":
+            answer.pop("usage", None)
+        if "usage" in answer:
+            usage = answer["usage"]
+            usage["prompt_tokens"] += self.lies.usage_offset
+            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+        answer["model"] = MODEL_NAME if self.lies.model_named is None else self.lies.model_named
+        if self.lies.provider_named is not None:
+            answer["provider"] = self.lies.provider_named
+        answer.pop("timings", None)
+        return status, answer
+
+    def _ask_for_logprobs(self, path: str, body: dict[str, Any]) -> _Wanted:
+        """Check what the request says of logprobs, and make of it what the engine is asked for."""
         lies = self.lies
         # Chat says with one field whether logprobs are wanted and with another how many; completions need one for both.
         name = "top_logprobs" if path == CHAT else "logprobs"
@@ -125,75 +215,108 @@ class _Handler(JsonHandler):
             asked[name] = None
         for field, count in asked.items():
             if isinstance(count, bool) or not isinstance(count or 0, int):
-                self.send_problem(400, f"{field} is not a number")
-                return
+                raise _RefusedError(f"{field} is not a number")
             if (count or 0) > HONEST_TOP_LOGPROBS:
-                self.send_problem(400, f"{field} must be at most {HONEST_TOP_LOGPROBS}")
-                return
-        kept = min(asked[name] or 0, lies.max_top_logprobs)
+                raise _RefusedError(f"{field} must be at most {HONEST_TOP_LOGPROBS}")
         if lies.max_top_logprobs == 0:
             for field in ("logprobs", "top_logprobs", "prompt_logprobs"):
                 body.pop(field, None)
         else:
             body |= {field: min(count, lies.max_top_logprobs) for field, count in asked.items() if count}
+        shown = path == CHAT and bool(body.get("logprobs"))
+        listed = kept = min(asked[name] or 0, lies.max_top_logprobs)
         temperature = body.get("temperature", 1)
-        if lies.ignore_temperature:
-            body["temperature"] = 1
-        rescale = lies.logprobs_after_temperature and kept and isinstance(temperature, int | float) and temperature > 0
-        if rescale and path == COMPLETIONS:
-            self.send_problem(400, "with logprobs after temperature, the lab lists them in chat only")
-            return
-        if rescale:
-            body["top_logprobs"] = VOCABULARY
-        try:
-            status, answer = self._ask(path, body)
-        except (OSError, http.client.HTTPException, ValueError):
-            self.send_problem(502, "the engine did not answer")
-            return
-        if status == 200:
-            answer["model"] = MODEL_NAME
-            for choice in answer.get("choices", []):
-                logprobs = choice.get("logprobs") or {}
-                for position in logprobs.get("content") or []:
-                    if rescale:
-                        _after_temperature(position, float(temperature))
-                        position["top_logprobs"] = position["top_logprobs"][:kept]
-                    if lies.sentinels:
-                        for entry in position["top_logprobs"][kept // 2 :]:
-                            entry["logprob"] = SENTINEL
-                for listed in logprobs.get("top_logprobs") or []:  # of a completion
-                    if lies.sentinels and listed:
-                        listed |= dict.fromkeys([*listed][kept // 2 :], SENTINEL)
-            if "usage" in answer:
-                answer["usage"]["prompt_tokens"] += lies.usage_offset
-            answer.pop("timings", None)
-        self.send_document(status, answer)
+        divided = lies.logprobs_after_temperature and kept and isinstance(temperature, int | float) and temperature > 0
+        if divided and path == COMPLETIONS:
+            raise _RefusedError("with logprobs after temperature, the lab lists them in chat only")
+        if divided:
+            listed = body["top_logprobs"] = VOCABULARY
+        elif path == CHAT and (lies.reasoning != "none" or (self.forged_port is not None and shown)):
+            # llama.cpp says which tokens it drew only where it lists at least one.
+            listed = max(kept, 1)
+            body |= {"logprobs": True, "top_logprobs": listed}
+        return _Wanted(shown, kept, listed, float(temperature) if divided else None)
 
-    def _ask(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        port = self.backend_port
+    def _alter_logprobs(self, choice: dict[str, Any], wanted: _Wanted) -> None:
+        logprobs = choice.get("logprobs") or {}
+        for position in logprobs.get("content") or []:
+            if wanted.temperature is not None:
+                divide_by_temperature(position, wanted.temperature)
+            if wanted.listed > wanted.kept:
+                position["top_logprobs"] = position["top_logprobs"][: wanted.kept]
+            if self.lies.sentinels:
+                for entry in position["top_logprobs"][wanted.kept // 2 :]:
+                    entry["logprob"] = SENTINEL
+        for listed in logprobs.get("top_logprobs") or []:  # of a completion
+            if self.lies.sentinels and listed:
+                listed |= dict.fromkeys([*listed][wanted.kept // 2 :], SENTINEL)
+
+    def _count(self, body: dict[str, Any], answer: dict[str, Any]) -> None:
+        if self.lies.usage == "official":
+            answer["usage"]["prompt_tokens"] = _official_prompt_tokens(self.backend_port, body["messages"])
+        elif self.lies.usage == "characters":
+            estimate_usage(answer["usage"], body, answer)
+
+    def _set_reasoning_apart(self, answer: dict[str, Any]) -> None:
+        if self.lies.reasoning != "none":
+            visible = self.lies.reasoning == "visible"
+            count = sum(set_reasoning_apart(choice, visible=visible) for choice in answer["choices"])
+            answer["usage"]["completion_tokens_details"] = {"reasoning_tokens": count}
+
+    def _port(self, body: dict[str, Any]) -> int:
         if self.diverted_port is not None:
             # What is asked decides, so that asking again is no way round.
             asked = json.dumps(body.get("messages", body.get("prompt")), sort_keys=True)
             chance = random.Random(hashlib.sha256(asked.encode()).digest()).random()  # noqa: S311 - not a secret
             if chance < self.lies.divert_share:
-                port = self.diverted_port
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        try:
-            connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
-            response = connection.getresponse()
-            return response.status, json.loads(response.read())
-        finally:
-            connection.close()
+                return self.diverted_port
+        return self.backend_port
 
 
-def _after_temperature(position: dict[str, Any], temperature: float) -> None:
-    """Divide all logprobs of a position by the temperature and normalise them again."""
-    entries = [*position["top_logprobs"]]
-    scaled = [entry["logprob"] / temperature for entry in entries]
-    top = max(scaled)
-    total = top + math.log(sum(math.exp(value - top) for value in scaled))
-    for entry, value in zip(entries, scaled, strict=True):
-        entry["logprob"] = value - total
-    for entry in entries:
-        if (entry["token"], entry.get("id")) == (position["token"], position.get("id")):
-            position["logprob"] = entry["logprob"]
+def _official_prompt_tokens(port: int, messages: list[dict[str, Any]]) -> int:
+    """What a prompt would have counted under the model's own template."""
+    turns = [{"role": message["role"], "content": message_text(message)} for message in messages]
+    # A last message of the assistant's is one that it goes on with, as engines take it.
+    begun = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
+    text = _official_template.render(messages=turns, add_generation_prompt=True) + begun
+    return len(_tokens(port, text, add_special=False))
+
+
+def _forge(port: int, request: dict[str, Any], choice: dict[str, Any], listed: int) -> None:
+    """Put another server's logprobs in place of a text's own, each as if that server had written what stands before."""
+    positions = (choice.get("logprobs") or {}).get("content") or []
+    prompt = _asked(
+        port, "/apply-template", {field: request[field] for field in ("messages", "tools") if field in request}
+    )
+    # llama.cpp leaves out of the rendered text the special token that its tokenizer adds.
+    context = _tokens(port, prompt["prompt"], add_special=True)
+    for position in positions:
+        drawn = _drawn_tokens(port, position)
+        context += drawn[:-1]
+        question = {"prompt": context, "n_predict": 1, "n_probs": listed, "temperature": 0}
+        answer = _asked(port, "/completion", {**question, "logit_bias": {str(drawn[-1]): _CERTAIN}})
+        # Of a token that ends within a character llama.cpp tells nothing: that position stays as it was.
+        for told in answer.get("completion_probabilities", [])[:1]:
+            position |= {field: told[field] for field in ("logprob", "top_logprobs")}
+        context += drawn[-1:]
+
+
+def _drawn_tokens(port: int, position: dict[str, Any]) -> list[int]:
+    """The ids behind a position; of a character in several tokens, llama.cpp names only the last."""
+    last = int(position["id"])
+    if position["token"].isascii():
+        return [last]
+    tokens = _tokens(port, position["token"], add_special=False)
+    return tokens if tokens[-1:] == [last] else [last]
+
+
+def _tokens(port: int, text: str, *, add_special: bool) -> list[int]:
+    body = {"content": text, "add_special": add_special, "parse_special": True}
+    return [int(token) for token in _asked(port, "/tokenize", body)["tokens"]]
+
+
+def _asked(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    status, answer = post_json(port, path, body)
+    if status != 200:
+        raise ValueError(f"the engine answered {path} with status {status}")
+    return answer

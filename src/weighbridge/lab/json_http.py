@@ -1,10 +1,33 @@
 """What the lab's HTTP hosts share: JSON in, JSON out, with the standard library alone."""
 
+import http.client
 import json
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler
 from typing import Any, ClassVar
 
 MAX_REQUEST_BYTES = 1 << 20
+ENGINE_TIMEOUT_S = 120.0
+
+
+def post_json(port: int, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Post a JSON object to an engine on this machine; the status and the object that it answers with.
+
+    Raises
+    ------
+    OSError, http.client.HTTPException, ValueError
+        If no such answer comes.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ENGINE_TIMEOUT_S)
+    try:
+        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        document = json.loads(response.read())
+        if not isinstance(document, dict):
+            raise ValueError("the engine did not answer with an object")
+        return response.status, document
+    finally:
+        connection.close()
 
 
 class JsonHandler(BaseHTTPRequestHandler):
@@ -16,10 +39,13 @@ class JsonHandler(BaseHTTPRequestHandler):
         What GET /v1/models lists.
     paths : tuple of str
         Where something can be posted.
+    streams : bool
+        Whether ``answer`` is given requests for a stream; else they are refused.
     """
 
     model_name: ClassVar[str]
     paths: ClassVar[tuple[str, ...]]
+    streams: ClassVar[bool] = False
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -55,7 +81,7 @@ class JsonHandler(BaseHTTPRequestHandler):
             body = None
         if not isinstance(body, dict):
             self.send_problem(400, "the body is not a JSON object")
-        elif body.get("stream"):
+        elif body.get("stream") and not self.streams:
             self.send_problem(400, "the lab does not stream")
         else:
             self.answer(self.path.rstrip("/"), body)
@@ -72,3 +98,19 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def send_events(self, documents: Iterable[dict[str, Any]]) -> None:
+        """Answer with a stream of server-sent events, one for each JSON object, and the word that ends it."""
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("cache-control", "no-cache")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for document in documents:
+            self._send_event(json.dumps(document))
+        self._send_event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _send_event(self, data: str) -> None:
+        event = f"data: {data}\n\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))

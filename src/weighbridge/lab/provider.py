@@ -44,31 +44,39 @@ def lab_endpoint(
     say: Callable[[str], None],
     *,
     diverted_to: Variant | TorchVariant | None = None,
+    forged_from: Variant | None = None,
     port: int = 0,
+    completions: bool | None = None,
 ) -> Iterator[Front]:
     """A lab endpoint; its `Front` says where it is.
 
     Parameters
     ----------
     variant : Variant or TorchVariant
-        What is served, and so the engine; one of transformers is offered with /v1/completions besides the chat.
+        What is served, and so the engine.
     lies : Lies
         What the front misreports.
     say : callable
         Receives a line for each step that takes long.
     diverted_to : Variant or TorchVariant, optional
         What serves the share ``lies.divert_share`` of requests instead; of the same engine.
+    forged_from : Variant, optional
+        Whose logprobs are given out as those of ``variant``, which still writes the text.
     port : int
         The front's port; 0 for any free one.
+    completions : bool, optional
+        Whether /v1/completions is offered besides the chat; by default where the engine is transformers.
     """
     with contextlib.ExitStack() as stack:
         main = stack.enter_context(lab_backend(variant, say))
         other = stack.enter_context(lab_backend(diverted_to, say)) if diverted_to is not None else None
+        forger = stack.enter_context(lab_backend(forged_from, say)) if forged_from is not None else None
         front = Front(
             main.port,
             lies,
             diverted_port=other.port if other else None,
+            forged_port=forger.port if forger else None,
             port=port,
-            completions=isinstance(variant, TorchVariant),
+            completions=isinstance(variant, TorchVariant) if completions is None else completions,
         )
         yield stack.enter_context(front)

@@ -28,7 +28,7 @@ from weighbridge.records import BundleIdentity, Cause, PoolIdentity, Record, che
 from weighbridge.reference.licence import LicenceRecord, bundled_text
 
 # The embedded bundles, pinned: the digest of each one's manifest.
-EMBEDDED = {"smollm2-135m-instruct": "fa3c1ed2a841f75ced6104443c1e2047fc5d8641f7d912952a1b077208e2e50b"}
+EMBEDDED = {"smollm2-135m-instruct": "a19a2cd7c2d0218cac8a68dec5005a0f5794aad3bb6759e43dd37a81b86ff480"}
 OFFICIAL = "official"  # the model's own chat template
 NAME = r"^[a-z0-9][a-z0-9._-]{0,79}$"  # of a stack, pool or bundle; some name a folder, so none begins with a dot
 SCHEMA_FILE = Path(__file__).resolve().parent.parent / "schemas" / "bundle-3.json"
@@ -221,6 +221,11 @@ class Bundle:
         """The usable probes of the one-token pool."""
         pool = self.pool_at("L3")
         return [] if pool is None else self.usable_probes(pool)
+
+    def prompt_of(self, probe_id: str) -> list[int]:
+        """The token ids of a probe's prompt."""
+        probe = self.probe_index[probe_id]
+        return [int(i) for i in self.prompt_ids[self.prompt_offsets[probe] : self.prompt_offsets[probe + 1]]]
 
     def answer_tokens(self, probe_id: str) -> int:
         """How many tokens of a probe's prompt are its forced text."""

@@ -12,7 +12,6 @@ from weighbridge.reference.local import LocalSetting
 from weighbridge.reference.servers import ASKED_LOGPROBS, ServerKind
 
 
-
 class WeightsSpec(Record):
     """Where the original weights are: one of a local folder, a pinned revision on the hub, or the lab's model."""
 

@@ -78,7 +78,7 @@ def is_consistent(evidence: WeightEvidence, policy: Policy) -> bool:
 
 
 def mean_cosines(evidence: WeightEvidence) -> NDArray[np.float64]:
-    """Mean cosine with each thing in the bank, by the Fisher transform; 0 where no answer has one."""
+    """Mean cosine with each variant, by the Fisher transform; 0 where no answer has one."""
     fisher = evidence.features.fisher
     known = np.isfinite(fisher)
     return np.asarray(np.tanh(np.where(known, fisher, 0.0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)))
@@ -91,19 +91,10 @@ def nearest(evidence: WeightEvidence, library: Library, policy: Policy) -> tuple
     variant's residual is subtracted; or the cosine is so large that it leaves room for nothing else (what is far from the
     reference amplifies an engine's own noise). Its family: the whole interval of the mean is, since few answers point anywhere.
     """
-    best = int(np.argmax(mean_cosines(evidence)[: len(library.variants)]))
+    best = int(np.argmax(mean_cosines(evidence)))
     # It is the best of many: the interval is widened for all of them (Bonferroni).
     family = _cosine_interval(evidence, best, 1 - (1 - CONFIDENCE) / len(library.variants))[1] >= policy.family_cosine
     return best, _explains(evidence, best, policy), bool(family)
-
-
-def explaining_rendering(evidence: WeightEvidence, library: Library, policy: Policy) -> StackRecord | None:
-    """The other rendering of the prompt under which the original weights say just this, where there is one."""
-    if not library.renderings:
-        return None
-    best = int(np.argmax(mean_cosines(evidence)))
-    first = len(library.variants)
-    return library.renderings[best - first] if best >= first and _explains(evidence, best, policy) else None
 
 
 def _explains(evidence: WeightEvidence, index: int, policy: Policy) -> bool:
@@ -120,10 +111,11 @@ def _leaves_nothing(evidence: WeightEvidence, index: int, policy: Policy) -> boo
     return bool(evidence.log_remainder[index].max() < np.log(policy.differs_e_value))
 
 
-def is_mixed(evidence: WeightEvidence) -> bool:
-    """Whether some answers are well inside the honest limit and some well outside it, at least two of each kind."""
-    inside, outside = _sides(evidence)
-    return inside >= max(2, HONEST_LOOKING_SHARE * evidence.answers) and outside >= 2
+def is_mixed(evidence: WeightEvidence, among: NDArray[np.bool_] | None = None) -> bool:
+    """Whether some answers (`among` these) are well inside the honest limit and some well outside it, at least two of each."""
+    inside, outside = _sides(evidence, among)
+    answers = evidence.answers if among is None else int(among.sum())
+    return inside >= max(2, HONEST_LOOKING_SHARE * answers) and outside >= 2
 
 
 def may_be_mixed(evidence: WeightEvidence, policy: Policy) -> bool:
@@ -132,8 +124,9 @@ def may_be_mixed(evidence: WeightEvidence, policy: Policy) -> bool:
     return inside > 0 and outside > 0 and evidence.answers < answers_for_consistent(evidence, policy)
 
 
-def _sides(evidence: WeightEvidence) -> tuple[int, int]:
+def _sides(evidence: WeightEvidence, among: NDArray[np.bool_] | None = None) -> tuple[int, int]:
     limit, x = evidence.null.mean, evidence.features.log_scales
+    x = x if among is None else x[among]
     return int((x < limit - np.log(1.5)).sum()), int((x > limit + np.log(2)).sum())
 
 
@@ -220,16 +213,9 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
         "details": _details(case, evidence, noise, low, high),
     }
     if differs_after(evidence, policy) is not None:
-        rendering = explaining_rendering(evidence, library, policy)
         best, exact, family = nearest(evidence, library, policy)
         # What is served is known to be something else, so there is nothing left to exclude.
         common |= {"excluded": [], "not_excluded": []}
-        if rendering is not None:
-            return Finding(
-                **common, effects=effects, outcome="inconclusive",
-                summary=f"The logprobs are {noise:.3g} nats from the reference's, and those of {rendering.description}: the prompt explains them, so nothing is said of the weights",
-                to_resolve="Ask the host to serve the official chat template",
-            )  # fmt: skip
         variant = library.variants[best]
         cosine, cosine_low, cosine_high = _cosine_interval(evidence, best)
         effects.append(
@@ -244,7 +230,7 @@ def _judged(case: Case, evidence: WeightEvidence) -> Finding:
         )
         nearby = f"the residual points at {variant.id} (cosine {cosine:.2f})"
         cause: Cause | None
-        if is_mixed(evidence):
+        if case.mixed:
             cause, text = "partial_routing", "some answers are the reference's and some are not; " + nearby
         elif exact:
             rest = "nothing else is left" if _leaves_nothing(evidence, best, policy) else "little else is left"
@@ -366,7 +352,7 @@ def _details(case: Case, evidence: WeightEvidence, noise: float, low: float, hig
     assert library is not None
     assert residuals is not None
     directions = []
-    for index, stack in enumerate(library.bank):
+    for index, stack in enumerate(library.variants):
         mean, below, above = _cosine_interval(evidence, index)
         directions.append({
             "variant": stack.id, "cosine": mean, "low": below, "high": above, "honest_at_most": float(np.tanh(null.fisher_mean[index])),

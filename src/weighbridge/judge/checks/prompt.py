@@ -1,0 +1,258 @@
+"""Is the prompt ours? Token counts and answers against the reference's own rendering, and against every other recorded one."""
+
+from typing import Any
+
+import numpy as np
+
+from weighbridge.judge.case import Case
+from weighbridge.judge.checks.weights import is_consistent, nearest
+from weighbridge.judge.renderings import MATCHING_SHARE, PromptReading, stands_ahead
+from weighbridge.records import Cause, Effect, Finding
+from weighbridge.reference.bundle import OFFICIAL
+
+# A slope of the counts on the official ones beyond which, with nothing else to explain it, another tokenizer is at work.
+OTHER_TOKENIZER_SLOPE = 0.05
+SAME_TOKENIZER_LISTED = 0.5  # of the returned tokens
+
+
+def check_prompt(case: Case) -> Finding:
+    """Name the rendering that was served.
+
+    A count alone accuses nobody: hosts count differently. A prompt is called wrong only where the answers depart from the
+    reference as well, and right where they do not.
+    """
+    reading = case.reading
+    if reading is None:
+        return _finding(
+            "not_supported", "There is no reference to count against", to_resolve="Name or build a reference bundle"
+        )
+    policy = case.plan.policy
+    details = _details(case, reading)
+    shift = _shift(case)
+    by_counts = reading.by_counts(policy.min_counted)
+    if case.served is not None and case.served != OFFICIAL:
+        return _other_rendering(case, reading, by_counts, details, shift)
+    if case.evidence is not None and is_consistent(case.evidence, policy):
+        matching = 0 in by_counts
+        text = (
+            f"All token counts are those of the official template ({reading.counted} prompts), and the logprobs are those of the official prompt"
+            if matching
+            else "The logprobs are those of the official prompt"
+            + (
+                ", although the reported token counts are not"
+                if reading.counted >= policy.min_counted
+                else "; too few token counts"
+            )
+        )
+        return _finding("consistent", text, details=details)
+    explained = _explained_by_weights(case)
+    if 0 in by_counts:
+        if case.served is not None:
+            share = reading.matches[0]
+            text = "All token counts are" if share == 1 else f"{share:.0%} of {reading.counted} token counts are"
+            return _finding(
+                "consistent", f"{text} those of the official template ({reading.counted} prompts)", details=details
+            )
+    elif explained:
+        return _finding(
+            "consistent",
+            "A recorded variant under the official prompt explains the logprobs"
+            + (", although the reported token counts are not that prompt's" if reading.counted else ""),
+            details=details,
+        )
+    if case.served is None:
+        return _unknown(case, reading, by_counts, details, shift)
+    if reading.counted < policy.min_counted:
+        return _finding(
+            "inconclusive", f"The endpoint reported {reading.counted} token counts; {policy.min_counted} are needed", details=details,
+            to_resolve="Ask the host to report usage, or raise --max-requests",
+        )  # fmt: skip
+    _, what, _ = explain_counts(reading)
+    return _finding(
+        "inconclusive", what, details=details,
+        to_resolve="Logprobs that depart from the reference, or agree with it, would tell a wrong count from a wrong prompt",
+    )  # fmt: skip
+
+
+def _other_rendering(
+    case: Case, reading: PromptReading, by_counts: list[int], details: dict[str, Any], shift: list[Effect]
+) -> Finding:
+    hypothesis = next(i for i, h in enumerate(reading.hypotheses) if h.id == case.served)
+    record = reading.hypotheses[hypothesis]
+    gain, low, n = reading.margin(hypothesis, 0)
+    basis = [
+        f"{n} answers are nearer to it than to the official one, by a factor of {np.exp(gain):.2g}"
+        if np.isfinite(low)
+        else ""
+    ]
+    if hypothesis in by_counts:
+        basis.append(f"the token counts of {reading.counted} prompts are its")
+    elif reading.counted >= case.plan.policy.min_counted:
+        basis.append("the reported token counts are not its, so they are not those of the prompt that was served")
+    return _finding(
+        "inconsistent", f"The prompt is rendered otherwise: {record.description} ({'; '.join(b for b in basis if b)})",
+        cause=record.cause or "template", details=details, effects=shift,
+        to_resolve="Serve the chat template that comes with the model",
+    )  # fmt: skip
+
+
+def _unknown(
+    case: Case, reading: PromptReading, by_counts: list[int], details: dict[str, Any], shift: list[Effect]
+) -> Finding:
+    """The answers are not the reference's, and no recorded rendering or variant makes them so."""
+    remedy = "Ask the host what it puts before or around the messages; raw completions, where they are offered, judge the weights without it"
+    common: dict[str, Any] = {"details": details, "to_resolve": remedy}
+    if reading.counted >= case.plan.policy.min_counted and 0 not in by_counts:
+        cause, what, length = explain_counts(reading)
+        if length is not None:
+            shift = [*shift, Effect(name="length of what was added", value=length, unit="tokens")]
+        listed = case.residuals.listed_share if case.residuals is not None else np.zeros(0)
+        if cause == "none_of_these" and listed.size and listed.mean() < SAME_TOKENIZER_LISTED:
+            cause = "other_model"
+            what += "; most returned tokens are unknown to the reference: another tokenizer"
+        return _finding("inconsistent", what, cause=cause, effects=shift, **common)
+    default = _default_changed(case)
+    if default is not None:
+        return _finding("inconsistent", default, cause="hidden_prompt", effects=shift, **common)
+    near = reading.nearest()
+    if near is not None and near > 0 and reading.is_nearer(near, 0):
+        record = reading.hypotheses[near]
+        asked = next(o.probe_id for o in (*case.prompt_answers, *case.answers))
+        ahead = stands_ahead(case.library.bundle, record.id, asked) if case.library is not None else False
+        return _finding(
+            "inconsistent", f"The prompt is not the official one: of the recorded renderings the answers are nearest to this one, and not its either: {record.description}",
+            cause="hidden_prompt" if ahead else "template", effects=shift, **common,
+        )  # fmt: skip
+    return _finding(
+        "inconclusive",
+        "The answers are not the reference's, and no recorded rendering or departure explains them: another prompt, or other weights"
+        + (
+            "; the reported token counts are the official ones, which are the host's own word" if 0 in by_counts else ""
+        ),
+        effects=shift,
+        **common,
+    )
+
+
+def explain_counts(reading: PromptReading) -> tuple[Cause, str, float | None]:
+    """What the difference between reported and official counts looks like, and the length of what was added, where it is one."""
+    offsets, n = reading.offsets[0], reading.counted
+    groups = [offsets[reading.has_system == kind] for kind in (False, True)]
+    modes = [_mode(group) for group in groups if group.size]
+    if all((g == m).mean() >= MATCHING_SHARE for g, m in zip((g for g in groups if g.size), modes, strict=True)):
+        if len(modes) == 2 and modes[1] == 0:
+            return (
+                "hidden_prompt", f"Prompts without a system message are counted {modes[0]:+d} tokens against the official rendering and others as they should be ({n} prompts): another default system prompt",
+                float(modes[0]),
+            )  # fmt: skip
+        if min(modes) >= 0 < max(modes):
+            longer = f"{modes[0]}" if len(set(modes)) == 1 else " or ".join(map(str, modes))
+            where = "" if len(set(modes)) == 1 else " (without, and with, a system message of their own)"
+            return (
+                "hidden_prompt", f"Every prompt is counted {longer} tokens longer than the official rendering{where}, over {n} prompts of every structure: text of that length is added, whatever the user writes, if the host counts truly",
+                float(max(modes)),
+            )  # fmt: skip
+        return (
+            "template", f"The prompts differ from the official rendering by constants ({', '.join(f'{m:+d}' for m in modes)} tokens over {n} prompts), as no recorded rendering does",
+            None,
+        )  # fmt: skip
+    per_turn = _by_turns(reading)
+    if per_turn is not None:
+        return (
+            "template", f"The prompts are counted {per_turn[1]:+d} tokens a message {per_turn[0]:+d} against the official rendering ({n} prompts): another template",
+            None,
+        )  # fmt: skip
+    slope = _slope(reading)
+    if slope is not None and abs(slope) > OTHER_TOKENIZER_SLOPE:
+        return (
+            "none_of_these", f"The token counts of {n} prompts are {1 + slope:.2f} times the official ones: another tokenizer, or an estimate", None,
+        )  # fmt: skip
+    if (offsets > 0).all():
+        return (
+            "hidden_prompt", f"Every prompt is counted longer than the official rendering, by {offsets.min()} to {offsets.max()} tokens that vary from prompt to prompt ({n} prompts): something is added that goes with the text",
+            float(np.median(offsets)),
+        )  # fmt: skip
+    return (
+        "none_of_these", f"The token counts of {n} prompts follow no recorded rendering: another tokenizer, another prompt, or counts that are estimated", None,
+    )  # fmt: skip
+
+
+def _mode(values: Any) -> int:
+    found, times = np.unique(values, return_counts=True)
+    return int(found[times.argmax()])
+
+
+def _by_turns(reading: PromptReading) -> tuple[int, int] | None:
+    """Constant and tokens for each message that give (nearly) every offset, or None."""
+    turns, offsets = reading.turns, reading.offsets[0]
+    if len(np.unique(turns)) < 3:
+        return None
+    slope, constant = np.polyfit(turns, offsets, 1)
+    whole = (round(float(constant)), round(float(slope)))
+    fits = offsets == whole[0] + whole[1] * turns
+    return whole if whole[1] != 0 and fits.mean() >= MATCHING_SHARE else None
+
+
+def _slope(reading: PromptReading) -> float | None:
+    """How the offsets grow with the prompt, where they do so nearly in proportion."""
+    official, offsets = reading.official_tokens.astype(float), reading.offsets[0].astype(float)
+    if offsets.std() == 0 or official.std() == 0:
+        return None
+    correlation = float(np.corrcoef(official, offsets)[0, 1])
+    return float(np.polyfit(official, offsets, 1)[0]) if correlation**2 > 0.8 else None
+
+
+def _explained_by_weights(case: Case) -> bool:
+    """Whether a recorded variant under the official prompt leaves nothing over."""
+    if not case.official_differs or case.served != OFFICIAL or case.evidence is None or case.library is None:
+        return False
+    _, exact, family = nearest(case.evidence, case.library, case.plan.policy)
+    return exact or case.mixed or family
+
+
+def _default_changed(case: Case) -> str | None:
+    """Whether only prompts without a system message of their own depart from the reference."""
+    evidence, residuals = case.evidence, case.residuals
+    if evidence is None or residuals is None:
+        return None
+    probes = {r.probe.id: r.probe for r in case.plan.probe_requests}
+    own = np.array([probes[p].messages[0].role == "system" for p in residuals.probe_ids], np.bool_)
+    x, limit = evidence.features.log_scales, evidence.null.mean
+    if own.sum() >= 2 and (~own).sum() >= 2 and (x[own] < limit).all() and (x[~own] > limit).mean() > 0.9:
+        return "Prompts with a system message of their own are answered as the reference does, and others are not: another default system prompt"
+    return None
+
+
+def _shift(case: Case) -> list[Effect]:
+    """How far from the official prompt's answers the answers are, as served."""
+    evidence = case.evidence
+    if evidence is None or not case.official_differs or case.served is not None:
+        return []
+    return [Effect(name="shift of the answers", value=float(np.exp(evidence.features.log_scales.mean())), unit="nats")]
+
+
+def _details(case: Case, reading: PromptReading) -> dict[str, Any]:
+    """What the report tabulates: every hypothesis, and what counts and answers say of it."""
+    scales = reading.log_scales
+    everywhere = np.isfinite(scales).all(axis=0) if scales.size else np.zeros(0, np.bool_)
+    rows = []
+    for i, hypothesis in enumerate(reading.hypotheses):
+        row: dict[str, Any] = {
+            "id": hypothesis.id, "description": hypothesis.description, "match_share": float(reading.matches[i]),
+            "noise_nats": float(np.exp(scales[i, everywhere].mean())) if everywhere.any() else None,
+        }  # fmt: skip
+        rows.append(row)
+    offsets = reading.offsets[0] if reading.counted else None
+    return {
+        "counted": reading.counted,
+        "answers_compared": int(everywhere.sum()),
+        "served": case.served,
+        "hypotheses": rows,
+        "offset_from_official": None if offsets is None else {
+            "median": float(np.median(offsets)), "smallest": int(offsets.min()), "largest": int(offsets.max()),
+        },
+    }  # fmt: skip
+
+
+def _finding(outcome: Any, summary: str, **more: Any) -> Finding:
+    return Finding(check="prompt", axis="prompt", outcome=outcome, summary=summary, **more)

@@ -1,0 +1,120 @@
+"""Opening a case: the answers lined up with the library, and the rendering under which they are judged."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from weighbridge.judge.answers import Residuals, line_up
+from weighbridge.judge.case import Case
+from weighbridge.judge.checks.weights import differs_after, is_consistent, is_mixed, nearest
+from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
+from weighbridge.judge.renderings import has_system, read_prompt
+from weighbridge.judge.sizes import WeightEvidence, weigh
+from weighbridge.records import Capability, Observation, Plan, Policy, raw_twin
+from weighbridge.reference.bundle import OFFICIAL
+
+Weighed = tuple[Residuals | None, WeightEvidence | None]
+
+
+def open_case(plan: Plan, capability: Capability, observations: Iterable[Observation], library: Library | None) -> Case:
+    """Sort the observations by what was asked, and find the rendering under which the weights can be judged."""
+    by_id = {o.request_id: o for o in observations}
+
+    def of(ids: Iterable[str]) -> list[Observation]:
+        return [by_id[name] for name in ids if name in by_id]
+
+    answers = of(r.request_id for r in plan.probe_requests)
+    prompt_answers = of(r.request_id for r in plan.prompt_requests)
+    raw_answers = of(raw_twin(r).request_id for r in plan.probe_requests)
+    sampling = {o.probe_id.removeprefix("sampling-"): o for o in of(r.request_id for r in plan.sampling_requests)}
+    # Logprobs whose meaning is not known are evidence of nothing.
+    usable = capability.top_logprobs >= MIN_TOP_LOGPROBS and capability.temperature_regime != "other"
+    reading = None
+    if library is not None:
+        probes = {r.probe.id: r.probe for r in (*plan.prompt_requests, *plan.probe_requests)}
+        shown = [*prompt_answers, *answers]
+        if not usable:
+            shown = [o.model_copy(update={"top": None}) for o in shown]
+        reading = read_prompt(
+            library.bundle, shown, probes, plan.level, library.top_k, bfloat16_logprobs=library.bfloat16_logprobs
+        )
+    case = Case(
+        plan=plan, capability=capability, answers=answers, library=library, residuals=None, evidence=None, prompt_answers=prompt_answers,
+        raw_answers=raw_answers, sampling=sampling, reading=reading, served=OFFICIAL, official_differs=False,
+    )  # fmt: skip
+    if library is None or not usable:
+        return case
+    residuals, evidence = _weighed(library, answers, plan.policy)
+    case = replace(case, residuals=residuals, evidence=evidence)
+    raw_residuals, raw_evidence = _weighed(library, raw_answers, plan.policy)
+    case = replace(case, raw_residuals=raw_residuals, raw_evidence=raw_evidence)
+    if evidence is None or differs_after(evidence, plan.policy) is None:
+        return case
+    return _under_served(replace(case, official_differs=True), library, evidence)
+
+
+def _weighed(library: Library, answers: list[Observation], policy: Policy) -> Weighed:
+    if not answers:
+        return None, None
+    residuals = line_up(library, answers)
+    return residuals, weigh(library, residuals, policy) if residuals.answers else None
+
+
+def _under_served(case: Case, library: Library, evidence: WeightEvidence) -> Case:
+    """The case under the rendering that is served, where the answers are none of the reference's under the official one."""
+    reading, policy = case.reading, case.plan.policy
+    assert reading is not None
+    _, exact, family = nearest(evidence, library, policy)
+    if mixed_within(case):
+        return replace(case, mixed=True)
+    if exact:
+        return case
+    by_counts = reading.by_counts(policy.min_counted)
+    near = reading.nearest()
+    if near is not None and near > 0 and reading.margin(near, 0)[0] > 0:
+        found = _under(case, library, near, certain=near in by_counts)
+        if found is not None:
+            return found
+    # A family is recognised under a prompt that is nearly the official one as well, so the counts must not speak against it.
+    if family and (0 in by_counts or reading.counted < policy.min_counted):
+        return case
+    return replace(case, served=None)
+
+
+def _under(case: Case, library: Library, hypothesis: int, *, certain: bool) -> Case | None:
+    """The case under one rendering, or None where that is not the one that is served."""
+    reading, policy = case.reading, case.plan.policy
+    assert reading is not None
+    if not certain and not reading.is_nearer(hypothesis, 0):
+        return None
+    rendering = reading.hypotheses[hypothesis].id
+    rendered = build_rendered(library, rendering)
+    if rendered is None:
+        return replace(case, served=rendering, residuals=None, evidence=None)
+    recorded = set(rendered.probe_ids)
+    residuals, evidence = _weighed(rendered, [o for o in case.answers if o.probe_id in recorded], policy)
+    under = replace(case, served=rendering, library=rendered, residuals=residuals, evidence=evidence)
+    if evidence is None or differs_after(evidence, policy) is None:
+        return under
+    _, exact, family = nearest(evidence, rendered, policy)
+    # Token counts alone are no proof: another text may be as long.
+    return under if exact or family else None
+
+
+def mixed_within(case: Case) -> bool:
+    """Whether some answers are the reference's and some are not, among prompts of the same structure.
+
+    Where only prompts without a system message of their own differ, a default one has been changed, and nothing was diverted.
+    """
+    evidence, residuals = case.evidence, case.residuals
+    if evidence is None or residuals is None:
+        return False
+    probes = {r.probe.id: r.probe for r in case.plan.probe_requests}
+    system = np.array([has_system(probes[probe_id]) for probe_id in residuals.probe_ids], np.bool_)
+    return any(is_mixed(evidence, system == kind) for kind in (True, False))
+
+
+def consistent_or_differs(evidence: WeightEvidence, policy: Policy) -> bool:
+    """Whether the evidence has come to an end."""
+    return is_consistent(evidence, policy) or differs_after(evidence, policy) is not None

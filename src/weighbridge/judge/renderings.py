@@ -1,0 +1,176 @@
+"""Under which rendering the prompt was served: every recorded one held against the answers and the token counts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from weighbridge.judge.library import MIN_TOP_LOGPROBS, most_unlisted
+from weighbridge.records import LogprobLevel, Observation, Probe, TopToken
+from weighbridge.reference.bundle import Bundle, HypothesisRecord, rendered_id
+from weighbridge.stats.grid import round_to_bfloat16
+from weighbridge.stats.residuals import centred_difference, log_scale, reference_at
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+MATCHING_SHARE = 0.95
+# A rendering is nearer than another one where the difference of log s is positive at this confidence, over all that were tried.
+NEARER_CONFIDENCE = 0.999
+MIN_ANSWERS = 3
+# An answer that does not move when the rendering changes says nothing: its prompt is the same, or near it.
+UNMOVED = 1e-6
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """What n answers and m token counts say of each of H recorded renderings; the official one stands first.
+
+    Attributes
+    ----------
+    hypotheses : list of HypothesisRecord
+    log_scales : float array, shape (H, n)
+        x = log s of each answer against the original weights under each rendering; NaN where that was not recorded.
+    offsets : int array, shape (H, m)
+        Reported prompt tokens less those of the rendering.
+    official_tokens : int array, shape (m,)
+        What the official rendering has.
+    has_system : bool array, shape (m,)
+        Whether the probe has a system message of its own.
+    turns : int array, shape (m,)
+        How many messages it has.
+    """
+
+    hypotheses: list[HypothesisRecord]
+    log_scales: Floats
+    offsets: Ints
+    official_tokens: Ints
+    has_system: NDArray[np.bool_]
+    turns: Ints
+
+    @property
+    def counted(self) -> int:
+        """How many token counts there are."""
+        return int(self.offsets.shape[1])
+
+    @property
+    def matches(self) -> Floats:
+        """The share of token counts that are those of each rendering."""
+        return (self.offsets == 0).mean(axis=1) if self.counted else np.zeros(len(self.hypotheses))
+
+    def by_counts(self, least: int) -> list[int]:
+        """The renderings whose token counts are the reported ones."""
+        return np.flatnonzero(self.matches >= MATCHING_SHARE).tolist() if self.counted >= least else []
+
+    def nearest(self) -> int | None:
+        """The rendering with the smallest residuals, over the answers that were recorded under all; None without any."""
+        everywhere = np.isfinite(self.log_scales).all(axis=0)
+        if not everywhere.any():
+            return None
+        return int(np.argmin(self.log_scales[:, everywhere].mean(axis=1)))
+
+    def margin(self, one: int, other: int) -> tuple[float, float, int]:
+        """By how much rendering `one` is nearer than `other`: mean difference of x, its lower limit, and the answers it rests on.
+
+        The limit is Student's, at `NEARER_CONFIDENCE` over all renderings (Bonferroni); answers that both renderings leave
+        the same are left out.
+        """
+        gain = self.log_scales[other] - self.log_scales[one]
+        gain = gain[np.isfinite(gain) & (np.abs(gain) > UNMOVED)]
+        n = gain.size
+        if n < MIN_ANSWERS:
+            return (float(gain.mean()) if n else 0.0), -np.inf, n
+        share = 1 - (1 - NEARER_CONFIDENCE) / len(self.hypotheses)
+        half = float(special.stdtrit(n - 1, share)) * float(gain.std(ddof=1)) / np.sqrt(n)
+        return float(gain.mean()), float(gain.mean() - half), n
+
+    def is_nearer(self, one: int, other: int) -> bool:
+        """Whether rendering `one` is nearer than `other` beyond chance."""
+        return self.margin(one, other)[1] > 0
+
+
+def read_prompt(
+    bundle: Bundle,
+    answers: list[Observation],
+    probes: Mapping[str, Probe],
+    level: LogprobLevel,
+    top_k: int,
+    *,
+    bfloat16_logprobs: bool,
+) -> PromptReading:
+    """Hold answers to chat requests against every rendering that a bundle knows.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    answers : list of Observation
+        To chat requests; what the bundle does not know is left out.
+    probes : mapping
+        What was asked, by the probe's name.
+    level : str
+        At which the weights are asked.
+    top_k : int
+        How many logprobs the endpoint returns.
+    bfloat16_logprobs : bool
+        Whether it rounds them to bfloat16.
+    """
+    first = {o.probe_id: o for o in reversed(answers) if o.probe_id in bundle.probe_index and not o.raw}
+    known = [o for o in answers if first.get(o.probe_id) is o]
+    hypotheses = bundle.manifest.hypotheses
+    listed = [
+        o for o in known
+        # What follows a forced text is not what the bundle's first row of it holds.
+        if o.top is not None and len(o.top) >= MIN_TOP_LOGPROBS and (level != "L1" or bundle.answer_tokens(o.probe_id) == 0)
+    ]  # fmt: skip
+    scales = np.full((len(hypotheses), len(listed)), np.nan)
+    for i, observation in enumerate(listed):
+        for h, hypothesis in enumerate(hypotheses):
+            row = bundle.row_index.get(rendered_id(observation.probe_id, hypothesis.id))
+            if row is not None:
+                guessed = "bytes_absent" in observation.quirks
+                scales[h, i] = distance(bundle, row, (observation.top or [])[:top_k], guessed, bfloat16_logprobs)
+    counted = [o for o in known if o.prompt_tokens is not None]
+    at = [bundle.probe_index[o.probe_id] for o in counted]
+    # The answer of a generated one is not sent with the question.
+    unsent = [bundle.answer_tokens(o.probe_id) if level == "L2" else 0 for o in counted]
+    reported = np.array([o.prompt_tokens for o in counted], np.int64) + np.array(unsent, np.int64)
+    return PromptReading(
+        hypotheses=hypotheses,
+        log_scales=scales,
+        offsets=reported - bundle.prompt_tokens[:, at].astype(np.int64),
+        official_tokens=bundle.prompt_tokens[0, at].astype(np.int64),
+        has_system=np.array([has_system(probes[o.probe_id]) for o in counted], np.bool_),
+        turns=np.array([len(probes[o.probe_id].messages) for o in counted], np.int64),
+    )
+
+
+def has_system(probe: Probe) -> bool:
+    """Whether a probe begins with a system message of its own, so that no default one is put before it."""
+    return probe.messages[0].role == "system"
+
+
+def stands_ahead(bundle: Bundle, rendering: str, probe_id: str) -> bool:
+    """Whether a rendering differs from the official one only in what stands before the last words of a probe's prompt."""
+    prompts = []
+    for name in (probe_id, rendered_id(probe_id, rendering)):
+        at = bundle.probe_index[name]
+        prompts.append(bundle.prompt_ids[bundle.prompt_offsets[at] : bundle.prompt_offsets[at + 1]])
+    shorter = min(len(prompt) for prompt in prompts) // 2
+    return bool((prompts[0][-shorter:] == prompts[1][-shorter:]).all())
+
+
+def distance(bundle: Bundle, row: int, top: list[TopToken], guessed: bool, bfloat16_logprobs: bool) -> float:
+    """Log s of one list against the reference's row; of a token that the reference does not list, the least that it is off."""
+    reference = bundle.logprobs_nats[bundle.stack_index[bundle.manifest.reference_stack], row].astype(np.float64)
+    if bfloat16_logprobs:
+        reference = round_to_bfloat16(reference)
+    columns_of_token = bundle.columns_of_row(row)
+    columns = np.array([columns_of_token.get(token.bytes_hex, -1) for token in top], np.int64)
+    values = np.array([token.logprob_nats for token in top], np.float64)
+    most = np.inf if guessed else most_unlisted(bundle, row, reference)
+    scale = float(log_scale(centred_difference(values, reference_at(columns, values, reference, most))))
+    if np.isfinite(scale):
+        return scale
+    beyond = values[columns < 0].max(initial=-np.inf) - most
+    return float(np.log(beyond)) if np.isfinite(beyond) and beyond > 0 else float("nan")
