@@ -82,9 +82,11 @@ def read_capability(observations: dict[str, Observation]) -> Capability:
     if calls and not answered:
         refused = f"{calls[-1].fault}: {calls[-1].fault_detail or 'no explanation'}"
     # One entry more than was asked for is the drawn token, put at the end of the list.
-    lists = [call.top[: 5 if call.request_id == TOP_5 else 20] for call in calls if call.top is not None]
+    lists = [
+        min(len(call.top) + call.nameless, 5 if call.request_id == TOP_5 else 20) for call in calls if call.top is not None
+    ]  # fmt: skip
     # A first answer that is only the end of a turn carries no list, yet says nothing against logprobs.
-    top = len(lists[0]) if lists else (20 if calls and calls[0].fault == "end_of_turn" else 0)
+    top = lists[0] if lists else (20 if calls and calls[0].fault == "end_of_turn" else 0)
     slope = _temperature_slope(observations)
     regime: str = "unknown"
     if slope is not None:

@@ -254,9 +254,11 @@ class Plan(Record):
     level: LogprobLevel = "L3"
     fleet_size: int = Field(default=1, ge=1, description="how many endpoints are judged together")
     capability_requests: list[PlannedRequest]
-    prompt_requests: list[PlannedRequest] = Field(description="what becomes of a prompt")
+    prompt_requests: list[PlannedRequest] = Field(default_factory=list, description="what becomes of a prompt")
     probe_requests: list[PlannedRequest] = Field(description="the weights; sent until the question is answered")
-    sampling_requests: list[PlannedRequest] = Field(description="what becomes of sampling parameters")
+    sampling_requests: list[PlannedRequest] = Field(
+        default_factory=list, description="what becomes of sampling parameters"
+    )
     estimate: Estimate
 
     model_config = Record.model_config | {"populate_by_name": True}
@@ -375,6 +377,7 @@ class Observation(Record):
     choices: int | None = None
     drawn: TopToken | None = None
     top: list[TopToken] | None = None
+    nameless: int = Field(default=0, description="tokens of that list that are special and have no name, beyond one")
     positions: list[Position] | None = None
     quirks: list[str] = Field(default_factory=list)
 

@@ -37,7 +37,6 @@ _BIASED_TO = (b" blue", b"blue", b"A")
 EFFORTS = ("effort-low", "effort-high")
 # Each of these repeats the context of another one, or changes what is drawn from it: no new draw from the reported logprobs.
 DISTINCT_COLD = ("cold", "cold-nonce", "cold-night", "cold-drawer", "red")
-DISTINCT_WARM = ("warm", "warm-other")
 
 
 def sampling_requests(bundle: Bundle | None, nonce: str) -> list[PlannedRequest]:
@@ -50,6 +49,8 @@ def sampling_requests(bundle: Bundle | None, nonce: str) -> list[PlannedRequest]
     nonce : str
         Of this run: a text that no cache can have seen.
     """
+    # Servers cut off what is unlikely by settings of their own; those that know these names are told not to.
+    whole: dict[str, object] = {"top_p": 1, "top_k": -1, "min_p": 0}
     cold: dict[str, object] = {"temperature": COLD}
     requests = [
         _request("cold", "temperature 0", _STORY, cold),
@@ -60,8 +61,8 @@ def sampling_requests(bundle: Bundle | None, nonce: str) -> list[PlannedRequest]
         _request("cold-drawer", "temperature 0, a third text", _DRAWER, cold, LONGER_TOKENS),
         _request("warm", "temperature 1", _STORY, {"temperature": WARM, "seed": 1}),
         _request("warm-again", "the same again, with the same seed", _STORY, {"temperature": WARM, "seed": 1}),
-        _request("warm-other", "the same with another seed", _STORY, {"temperature": WARM, "seed": 3}),
-        _request("hot", "temperature 2", _STORY, {"temperature": HOT, "seed": 4}),
+        _request("warm-other", "the same with another seed", _STORY, whole | {"temperature": WARM, "seed": 3}, LONGER_TOKENS),
+        _request("hot", "temperature 2", _STORY, whole | {"temperature": HOT, "seed": 4}, LONGER_TOKENS),
         _request("top-p", "only the likeliest tokens, by top_p", _STORY, {"temperature": WARM, "top_p": TINY_NUCLEUS, "seed": 5}),
         _request("top-k", "only the likeliest token, by top_k", _STORY, {"temperature": WARM, "top_k": 1, "seed": 6}),
         _request("min-p", "only the likeliest token, by min_p", _STORY, {"temperature": WARM, "min_p": 1.0, "seed": 7}),

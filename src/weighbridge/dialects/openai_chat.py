@@ -209,6 +209,7 @@ def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, An
         fault = "end_of_turn" if empty and facts["finish_reason"] is not None else "no_logprobs"
         return Observation(**facts, answered=True, fault=fault, fault_detail="the answer carries no logprobs")
     top, quirks, fault_detail = _top_tokens(content[0].get("top_logprobs"))
+    facts["nameless"] = _nameless(content[0].get("top_logprobs"), top)
     drawn_bytes, drawn_nats = _token_bytes(content[0], set()), _nats(content[0].get("logprob"))
     if drawn_bytes is not None and drawn_nats is not None:
         facts["drawn"] = TopToken(bytes_hex=drawn_bytes, logprob_nats=drawn_nats)
@@ -323,6 +324,13 @@ def _top_tokens(entries: Any) -> tuple[list[TopToken], list[str], str | None]:
         return [], sorted(quirks), "the listed probabilities sum to more than 1"
     ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     return [TopToken(bytes_hex=token, logprob_nats=value) for token, value in ordered], sorted(quirks), None
+
+
+def _nameless(entries: Any, top: list[TopToken]) -> int:
+    """How many entries stand for special tokens, without text and without bytes, and are not in the list that is used."""
+    listed = [e for e in entries[:_MAX_TOP] if isinstance(e, dict)] if isinstance(entries, list) else []
+    special = sum(1 for e in listed if e.get("token") == "" and not e.get("bytes"))
+    return max(0, special - sum(token.bytes_hex == NAMELESS for token in top))
 
 
 def _are_probabilities(entries: list[Any]) -> bool:

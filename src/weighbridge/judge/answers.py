@@ -12,6 +12,11 @@ from weighbridge.stats.residuals import centred_difference, reference_at
 Floats = NDArray[np.float64]
 
 
+# An answer that ends at once carries no logprobs on some servers, and special tokens have no names in their lists; where the
+# reference has such tokens at least once in twenty, that is no wonder.
+LIKELY_END_NATS = float(np.log(0.05))
+
+
 @dataclass(frozen=True)
 class Residuals:
     """An endpoint's logprobs beside the library's: r rows of n answers, in the order of the draw.
@@ -68,7 +73,7 @@ def line_up(library: Library, observations: list[Observation]) -> Residuals:
     answered: set[str] = set()
     seen: set[tuple[tuple[str, float], ...]] = set()
     lists: list[tuple[int, int, list[TopToken], bool]] = []  # answer, row, list, whether names were guessed
-    repeated = answers = 0
+    repeated = answers = ended = 0
     probe_of_answer: list[str] = []
     for observation in observations:
         if observation.probe_id not in unit_of or observation.probe_id in answered:
@@ -76,6 +81,9 @@ def line_up(library: Library, observations: list[Observation]) -> Residuals:
         answered.add(observation.probe_id)
         found = _scored(library, observation, rows_of[unit_of[observation.probe_id]])
         if not found:
+            row = rows_of[unit_of[observation.probe_id]][0]
+            special = observation.fault == "end_of_turn" or observation.nameless > 0
+            ended += special and library.most_unlisted_nats[row] > LIKELY_END_NATS
             continue
         whole = tuple((t.bytes_hex, t.logprob_nats) for _, top in found for t in top)
         if whole in seen:
@@ -120,7 +128,7 @@ def line_up(library: Library, observations: list[Observation]) -> Residuals:
         # A reference row is ordered: its most likely token stands first.
         agrees=(columns[:, 0] == 0)[known] if r else np.zeros(0, np.bool_),
         answers=int(kept.size),
-        asked=len({o.probe_id for o in observations}),
+        asked=len({o.probe_id for o in observations}) - ended,
         repeated=repeated,
         probe_ids=tuple(probe_of_answer[answer] for answer in kept.tolist()),
     )

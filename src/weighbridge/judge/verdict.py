@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import numpy as np
+
 from weighbridge import __version__
 from weighbridge.judge.case import Case, Check
 from weighbridge.judge.checks.caching import check_caching
@@ -155,9 +157,10 @@ def _weights_that_can_be_judged(weights: Finding, case: Case, sampling: Finding)
     if hides_reasoning(case.answers):
         return _open(weights, "tokens that are not shown stand before the answer", "An answer without reasoning")
     if case.served is None:
+        noise = float(np.exp(case.evidence.features.log_scales.mean())) if case.evidence is not None else 0.0
         return _raw(case) or _open(
-            weights, "whether the prompt or the weights are why is not known, so the weights are not judged",
-            "Raw completions, or an endpoint that serves the official prompt, or the rendering that it serves in a bundle",
+            weights.model_copy(update={"summary": f"The answers are {noise:.2g} nats from the reference's"}),
+            "whether the prompt or the weights are why is not known, so the weights are not judged", "Raw completions, or an endpoint that serves the official prompt, or the rendering that it serves in a bundle",
         )  # fmt: skip
     if case.served != OFFICIAL:
         return weights.model_copy(

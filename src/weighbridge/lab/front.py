@@ -20,8 +20,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from weighbridge.lab.json_http import JsonHandler, post_json
 from weighbridge.lab.lies import (
     HONEST_TOP_LOGPROBS,
-    SENTINEL,
-    VOCABULARY,
     chat_chunks,
     divide_by_temperature,
     estimate_usage,
@@ -34,6 +32,8 @@ from weighbridge.lab.lies import Lies as Lies  # most callers need both
 from weighbridge.lab.variants import OFFICIAL_TEMPLATE
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+VOCABULARY = 49152
+SENTINEL = -9999.0
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 # Added to a token's logit it leaves no chance to any other; llama.cpp's logprobs are those without it.
@@ -138,27 +138,26 @@ class _Handler(JsonHandler):
         if body.get("model") != MODEL_NAME:
             self.send_problem(404, f"the model {str(body.get('model'))[:80]!r} does not exist")
             return
+        asked = passed_on(self.lies, body)
+        # The engine is always asked for the whole: what a stream tells of tokens is then up to this host.
+        streamed, options = asked.pop("stream", False), asked.pop("stream_options", None)
         try:
-            self._serve(path, body)
+            field = refused_field(self.lies, body)
+            if field is not None:
+                raise _RefusedError(f"{field} is not supported")
+            if streamed and path != CHAT:
+                raise _RefusedError("the lab streams chats only")
+            status, document = self._from_cache_or_engine(path, asked)
         except _RefusedError as refused:
             self.send_problem(400, str(refused))
+            return
         except (OSError, http.client.HTTPException, ValueError):
             self.send_problem(502, "the engine did not answer")
-
-    def _serve(self, path: str, body: dict[str, Any]) -> None:
-        field = refused_field(self.lies, body)
-        if field is not None:
-            raise _RefusedError(f"{field} is not supported")
-        body = passed_on(self.lies, body)
-        # The engine is always asked for the whole: what a stream tells of tokens is then up to this host.
-        streamed, options = body.pop("stream", False), body.pop("stream_options", None)
-        if streamed and path != CHAT:
-            raise _RefusedError("the lab streams chats only")
-        status, document = self._from_cache_or_engine(path, body)
+            return
         if streamed and status == 200:
             include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
             offset = self.lies.stream_usage_offset
-            self.send_events([*chat_chunks(document, include_usage=include_usage, usage_offset=offset)])
+            self.send_events(chat_chunks(document, include_usage=include_usage, usage_offset=offset))
         else:
             self.send_document(status, document)
 
@@ -276,6 +275,9 @@ class _Handler(JsonHandler):
 def _official_prompt_tokens(port: int, messages: list[dict[str, Any]]) -> int:
     """What a prompt would have counted under the model's own template."""
     turns = [{"role": message["role"], "content": message_text(message)} for message in messages]
+    for turn in turns:
+        if turn["role"] == "developer":  # as llama.cpp reads it
+            turn["role"] = "system"
     # A last message of the assistant's is one that it goes on with, as engines take it.
     begun = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     text = _official_template.render(messages=turns, add_generation_prompt=True) + begun

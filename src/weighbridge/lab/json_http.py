@@ -1,5 +1,6 @@
 """What the lab's HTTP hosts share: JSON in, JSON out, with the standard library alone."""
 
+import contextlib
 import http.client
 import json
 from collections.abc import Iterable
@@ -52,6 +53,11 @@ class JsonHandler(BaseHTTPRequestHandler):
     def answer(self, path: str, body: dict[str, Any]) -> None:
         """Answer what was posted to one of the paths."""
         raise NotImplementedError
+
+    def handle(self) -> None:
+        """Serve one connection; a customer may leave at any time, as some do at the end of a stream."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     def log_message(self, *arguments: Any) -> None:
         """Keep quiet."""

@@ -10,8 +10,6 @@ from typing import Any, Literal
 from weighbridge.errors import ConfigurationError
 
 HONEST_TOP_LOGPROBS = 20
-VOCABULARY = 49152
-SENTINEL = -9999.0
 REASONING_TOKENS = 8
 # What a host that passes over the asked length stops at; without any limit the engine fills its whole context.
 OWN_MAX_TOKENS = 64

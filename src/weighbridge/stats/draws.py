@@ -47,6 +47,25 @@ def at_temperature(cells_nats: Floats, temperature: float) -> Floats:
     return np.asarray(scaled - special.logsumexp(scaled, axis=1, keepdims=True))
 
 
+def cut_off(cells_nats: Floats, *, least_of_likeliest: float, listed_only: bool) -> Floats:
+    """The same distribution without what is unlikely.
+
+    Parameters
+    ----------
+    cells_nats : float array, shape (n, k + 1)
+        From `cell_logprobs`.
+    least_of_likeliest : float
+        Tokens with a smaller share of the likeliest one's probability are left out, as ``min_p`` does; 0 for none.
+    listed_only : bool
+        Whether what is not listed is left out, as a ``top_k`` of about the list's length does.
+    """
+    kept = cells_nats >= cells_nats.max(axis=1, keepdims=True) + np.log(max(least_of_likeliest, _LEAST))
+    # What is not listed is many tokens, each less likely than the listed ones.
+    kept[:, -1] = not listed_only and least_of_likeliest == 0
+    cut = np.where(kept, cells_nats, -np.inf)
+    return np.asarray(cut - special.logsumexp(cut, axis=1, keepdims=True))
+
+
 def log_likelihood(cells_nats: Floats, drawn: NDArray[np.int64]) -> Floats:
     """Logprob of each draw; shape (n,). `drawn` holds cells, the last one for a token that is not listed."""
     return np.asarray(np.maximum(np.take_along_axis(cells_nats, drawn[:, None], axis=1)[:, 0], np.log(_LEAST)))
@@ -57,12 +76,17 @@ def temperature_interval(
 ) -> tuple[float, float, float]:
     """The temperature, relative to the list's, under which the draws are likeliest, and those less likely by at most `drop_nats`.
 
+    Only draws of listed tokens are used, given that one was: how many others there are is not known.
+
     Returns
     -------
     tuple of float
         Estimate, lower and upper limit, on a grid from 0.02 to 10.
     """
     grid = np.geomspace(0.02, 10.0, 125)
+    listed = drawn < cells_nats.shape[1] - 1
+    cells_nats, drawn = cells_nats[listed].copy(), drawn[listed]
+    cells_nats[:, -1] = -np.inf
     values = np.array([log_likelihood(at_temperature(cells_nats, float(t)), drawn).sum() for t in grid])
     near = grid[values >= values.max() - drop_nats]
     return float(grid[int(values.argmax())]), float(near.min()), float(near.max())

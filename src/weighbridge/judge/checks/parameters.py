@@ -4,11 +4,12 @@ from typing import Any, Literal
 
 from weighbridge.judge.case import Case
 from weighbridge.records import Finding, Observation, Outcome
-from weighbridge.sampling import STOP, TEXT_TOKENS
+from weighbridge.sampling import PENALTY, STOP, TEXT_TOKENS
 
 Treatment = Literal["honoured", "ignored", "refused", "unclear", "not_asked"]
 # Part of the API that every host of this kind offers; the others are extensions, which nobody has to know.
 STANDARD = ("seed", "stop", "max_tokens", "n", "logit_bias", "frequency_penalty", "presence_penalty", "top_p")
+CLEAR_NATS = 0.25  # by which a penalty has to exceed a lead
 _REFUSALS = ("http_400", "http_422", "error_object", "http_404", "http_501")
 
 
@@ -120,8 +121,22 @@ def _penalty(case: Case, name: str) -> Treatment:
         return "unclear"
     if plain != punished:
         return "honoured"
-    words = plain.split()
-    return "ignored" if len(words) - len(set(words)) >= 3 else "unclear"
+    return "ignored" if _would_change(case.sampling["red"], growing=name == "frequency") else "unclear"
+
+
+def _would_change(observation: Observation, *, growing: bool) -> bool:
+    """Whether a penalty must have changed a text: somewhere a token comes again whose lead over an unseen one is smaller than it."""
+    seen: dict[str, int] = {}
+    for position in observation.positions or []:
+        drawn = position.bytes_hex
+        unseen = next((t for t in position.top if t.bytes_hex not in seen and t.bytes_hex != drawn), None)
+        if drawn in seen and unseen is not None and position.logprob_nats is not None:
+            penalty = PENALTY * (seen[drawn] if growing else 1)
+            if position.logprob_nats - unseen.logprob_nats < penalty - CLEAR_NATS:
+                return True
+        if drawn:
+            seen[drawn] = seen.get(drawn, 0) + 1
+    return False
 
 
 def _stop(case: Case) -> Treatment:

@@ -11,10 +11,11 @@ from scipy import special
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.parameters import is_cold_text
 from weighbridge.records import Effect, Finding, Observation, TopToken
-from weighbridge.sampling import DISTINCT_COLD, DISTINCT_WARM, HOT
+from weighbridge.sampling import DISTINCT_COLD, HOT
 from weighbridge.stats.draws import (
     at_temperature,
     cell_logprobs,
+    cut_off,
     flip_log_e,
     log_likelihood,
     temperature_interval,
@@ -25,6 +26,8 @@ Floats = NDArray[np.float64]
 SMALLEST_LEAD_NATS = 0.25
 HONEST_FLIPS = 0.002
 FLIP_SHARES = (0.05, 0.15, 0.4)
+# Shares of the likeliest token's probability below which servers leave tokens out by themselves.
+CUTS = (0.0, 0.01, 0.02, 0.05, 0.1)
 OTHER_TEMPERATURES = (0.05, 0.5, 0.7, 1.4, 2.0)
 DROP_NATS = 4.0  # of the log-likelihood: beyond it a temperature is not what was used
 MIN_DRAWS = 4
@@ -49,11 +52,13 @@ def check_sampling(case: Case) -> Finding:
     """Hold what was drawn against what was said of it, at temperatures 0, 1 and 2."""
     policy = case.plan.policy
     cold = draws_of(_positions(case, DISTINCT_COLD))
-    warm = draws_of([*_first_tokens(case.answers), *_positions(case, DISTINCT_WARM)])
+    # What a server cuts off by itself it cuts off from these, but not from those for which it was told not to.
+    warm = draws_of([*_first_tokens(case.answers), *_positions(case, ("warm",))])
+    whole = draws_of(_positions(case, ("warm-other",)))
     hot = draws_of(_positions(case, ("hot",)))
     details: dict[str, Any] = {
         "drawn_at_temperature_0": cold.count,
-        "drawn_at_temperature_1": warm.count,
+        "drawn_at_temperature_1": warm.count + whole.count,
         "regime": case.capability.temperature_regime,
     }
     if not case.sampling:
@@ -68,7 +73,8 @@ def check_sampling(case: Case) -> Finding:
     effects: list[Effect] = []
     flips = int((cold.leads > _least_lead(case)).sum())
     log_flips = flip_log_e(flips, cold.count, honest_share=HONEST_FLIPS, shares=FLIP_SHARES) if cold.count else 0.0
-    log_other = _log_e_of_draws(warm)
+    gains = _log_gains(warm) + _log_gains(whole)
+    log_other = float(special.logsumexp(gains) - np.log(gains.size))
     details |= {"not_the_likeliest_at_0": flips, "log10_e_at_0": log_flips / LOG10, "log10_e_at_1": log_other / LOG10}
     level = float(np.log(policy.differs_e_value))
     repeats = is_cold_text(case, "cold-again")
@@ -98,7 +104,7 @@ def check_sampling(case: Case) -> Finding:
     nucleus = _nucleus_ignored(case)
     if nucleus is not None:
         return _finding("inconsistent", nucleus, cause="sampling", effects=effects, details=details)
-    texts = f"{cold.count} tokens at temperature 0 are the likeliest ones by the endpoint's own logprobs, and {warm.count} at temperature 1 are drawn as these say"
+    texts = f"{cold.count} tokens at temperature 0 are the likeliest ones by the endpoint's own logprobs, and {warm.count + whole.count} at temperature 1 are drawn as these say"
     if cold.count < MIN_DRAWS:
         return _finding(
             "inconclusive",
@@ -129,14 +135,25 @@ def draws_of(positions: Iterable[tuple[TopToken | None, list[TopToken]]]) -> Dra
 
 
 def _positions(case: Case, names: Iterable[str]) -> list[tuple[TopToken | None, list[TopToken]]]:
-    """Every position of some texts; one after which a part of a character follows has no name, and is left out."""
+    """Every position of some texts.
+
+    Left out are a token without a name, which is a part of a character, and a place where the likeliest token has been there
+    before: a penalty on repeating, which some servers apply by themselves, may have passed it over.
+    """
     out: list[tuple[TopToken | None, list[TopToken]]] = []
+    asked = {r.probe.id.removeprefix("sampling-"): r.probe for r in case.plan.sampling_requests}
     for name in names:
         observation = case.sampling.get(name)
+        before = " ".join(message.content for message in asked[name].messages).encode() if name in asked else b""
         for position in (observation.positions or []) if observation is not None else []:
             known = position.bytes_hex is not None and position.logprob_nats is not None
             token = TopToken(bytes_hex=position.bytes_hex or "", logprob_nats=position.logprob_nats or 0.0)
-            out.append((token if known and position.bytes_hex != "" else None, position.top))
+            named = known and position.bytes_hex != ""
+            likeliest = bytes.fromhex(position.top[0].bytes_hex).strip() if position.top else b""
+            passed_over = token.bytes_hex != position.top[0].bytes_hex if position.top else False
+            if not (passed_over and likeliest in before):
+                out.append((token if named else None, position.top))
+            before += bytes.fromhex(token.bytes_hex)
     return out
 
 
@@ -154,13 +171,20 @@ def _least_lead(case: Case) -> float:
     return max(SMALLEST_LEAD_NATS, 2 * grid)
 
 
-def _log_e_of_draws(warm: Draws) -> float:
-    """Log e-value against "these tokens are drawn from the reported distributions", by betting on other temperatures."""
+def _log_gains(warm: Draws) -> Floats:
+    """Log e-values against "these tokens are drawn from the reported distributions", each of them betting on another temperature.
+
+    Servers cut off what is unlikely unless they are told not to, so the null is the likeliest of several ways of doing so.
+    """
     if warm.count == 0:
-        return 0.0
-    own = log_likelihood(warm.cells, warm.drawn)
-    gains = [log_likelihood(at_temperature(warm.cells, t), warm.drawn) - own for t in OTHER_TEMPERATURES]
-    return float(special.logsumexp([gain.sum() for gain in gains]) - np.log(len(gains)))
+        return np.zeros(len(OTHER_TEMPERATURES))
+    own = max(
+        float(log_likelihood(cut_off(warm.cells, least_of_likeliest=least, listed_only=listed), warm.drawn).sum())
+        for least in CUTS
+        for listed in (False, True)
+    )
+    others = [float(log_likelihood(at_temperature(warm.cells, t), warm.drawn).sum()) for t in OTHER_TEMPERATURES]
+    return np.array(others) - own
 
 
 def _not_as_said(
