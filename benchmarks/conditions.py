@@ -25,6 +25,7 @@ from weighbridge.reference.bundle import Bundle
 from weighbridge.reference.local import LocalSetting
 from weighbridge.store import RunFolder
 
+NOT_AS_RECORDED = "system-dropped"
 PROBES = 48  # of those that are recorded under every rendering
 SEED = 20261122
 
@@ -84,8 +85,11 @@ def prompts() -> list[Condition]:
     out = [
         Condition(f"recorded-{name}", "recorded", str(variant.template), rendering=name)
         for name, variant in VARIANTS.items()
-        if variant.template is not None and name != "hidden-system"
+        if variant.template is not None and name != NOT_AS_RECORDED
     ]
+    # llama.cpp puts a system message into the first turn where a template has no place for one, so this is no recorded rendering here.
+    dropped = str(VARIANTS[NOT_AS_RECORDED].template)
+    out.append(Condition(f"recorded-{NOT_AS_RECORDED}", "template", dropped))
     for number, sentences in enumerate((1, 1, 2, 2, 3, 4, 6, 9)):
         text = _hidden(rng, sentences)
         turn = "{{ '<|im_start|>system\n" + _escaped(text) + "<|im_end|>\n' }}"
@@ -96,7 +100,7 @@ def prompts() -> list[Condition]:
     for number in range(3):
         date = f"{rng.randrange(1, 29):02d} {rng.choice(('Jan', 'Mar', 'May', 'Aug', 'Nov'))} 2026"
         text = f"Cutting Knowledge Date: December 2023\nToday Date: {date}"
-        out.append(Condition(f"dated-{number}", "hidden", chatml_with_default(text), added=text))
+        out.append(Condition(f"dated-{number}", "template", chatml_with_default(text), added=text))
     out += [Condition(f"whitespace-{name}", "template", template) for name, template in _WHITESPACE.items()]
     out += [Condition(f"unseen-{name}", "template", template) for name, template in _UNSEEN.items()]
     return out
@@ -107,7 +111,13 @@ WITH_ALTERED = (
     "recorded-no-default-system", "recorded-generic-system", "recorded-missing-bos", "recorded-no-generation-prompt", "recorded-llama2-template",
     "recorded-alpaca-template", "recorded-no-template", "recorded-thinking-off", "before-2", "default-3", "before-6",
 )  # fmt: skip
-ON_BFLOAT16 = ("recorded-generic-system", "recorded-missing-bos", "recorded-chatml", "before-1", "recorded-alpaca-template")
+ON_BFLOAT16 = (
+    "recorded-generic-system",
+    "recorded-missing-bos",
+    "recorded-chatml",
+    "before-1",
+    "recorded-alpaca-template",
+)
 
 
 def conditions() -> list[Condition]:
@@ -139,13 +149,15 @@ def answers_of(condition: Condition, bundle: Bundle) -> tuple[Plan, Capability, 
         plan = make_plan(endpoint, never, bundle, seed="collect")
         wanted = recorded_everywhere(bundle)
         probes = [request for request in plan.probe_requests if request.probe.id in wanted][:PROBES]
-        RunFolder.create(
-            folder.path, plan.model_copy(update={"probe_requests": probes, "sampling_requests": []})
-        )
+        RunFolder.create(folder.path, plan.model_copy(update={"probe_requests": probes, "sampling_requests": []}))
     plan = folder.plan()
     if folder.exchanges()[1] is None:
         what = dataclasses.replace(VARIANTS[condition.weights], template=condition.template)
-        served = what if condition.engine == "llamacpp" else TorchVariant("bf16", "bf16", setting=LocalSetting(dtype="bfloat16"), template=condition.template)
+        served = (
+            what
+            if condition.engine == "llamacpp"
+            else TorchVariant("bf16", "bf16", setting=LocalSetting(dtype="bfloat16"), template=condition.template)
+        )
         with lab_endpoint(served, Lies(), say) as front:
             say(f"collecting {condition.name}")
             endpoint = plan.endpoint.model_copy(update={"base_url": front.base_url})

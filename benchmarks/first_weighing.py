@@ -17,10 +17,11 @@ import numpy as np
 from figures import CACHE, Document, Figure, say
 from weighbridge.audit import collect_run
 from weighbridge.capability import read_capability
-from weighbridge.judge.library import Library, build_library
-from weighbridge.judge.policy import load_policy
-from weighbridge.judge.verdict import judge, open_case
 from weighbridge.judge.checks.weights import differs_after
+from weighbridge.judge.library import Library, build_library
+from weighbridge.judge.opening import open_case
+from weighbridge.judge.policy import load_policy
+from weighbridge.judge.verdict import judge
 from weighbridge.lab.front import MODEL_NAME, Lies
 from weighbridge.lab.provider import lab_endpoint
 from weighbridge.lab.variants import VARIANTS

@@ -29,12 +29,13 @@ from first_weighing import keeping
 from served import AT_ALL_LEVELS, DEPARTURES, HONEST, Served, answers_of
 from weighbridge.judge.answers import line_up
 from weighbridge.judge.causes import weigh_causes
+from weighbridge.judge.checks.weights import name_of, nearest
 from weighbridge.judge.library import Library, Null, build_library, travels
+from weighbridge.judge.opening import open_case
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import answers_to_consistent, answers_to_differ, drawn, put_on
 from weighbridge.judge.sizes import Features, against_honest, features_of, weigh
-from weighbridge.judge.verdict import judge, open_case
-from weighbridge.judge.checks.weights import name_of, nearest
+from weighbridge.judge.verdict import judge
 from weighbridge.plan import make_plan
 from weighbridge.records import Capability, Endpoint, LogprobLevel, Observation, Policy
 from weighbridge.reference.bundle import Bundle, StackRecord, load_bundle

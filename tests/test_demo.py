@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from weighbridge.demo import BUNDLE, DEMO_VARIANTS
+from weighbridge.judge.checks.weights import name_of
 from weighbridge.judge.library import build_library
 from weighbridge.judge.policy import load_policy
-from weighbridge.judge.checks.weights import name_of
 from weighbridge.paths import cache_folder
 from weighbridge.reference.bundle import load_bundle
 

@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import math
+import time
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from weighbridge.records import (
     Probe,
     Received,
     Sent,
+    TopToken,
+    raw_twin,
 )
 
 few = settings(derandomize=True, deadline=None, max_examples=150)
@@ -65,10 +68,11 @@ def answer(*top: Any) -> dict[str, Any]:
     }
 
 
-def attempt(number: int = 1, **received: Any) -> Exchange:
+def attempt(number: int = 1, body: dict[str, Any] | None = None, **received: Any) -> Exchange:
     facts: dict[str, Any] = {"status": 200, "headers": {}, "latency_s": 0.25} | received
+    asked = {"messages": []} if body is None else body
     return Exchange(
-        sent=Sent(request_id="probe-0001", attempt=number, sent_at="2026-01-01T00:00:00Z", body={}),
+        sent=Sent(request_id="probe-0001", attempt=number, sent_at="2026-01-01T00:00:00Z", body=asked),
         received=Received(request_id="probe-0001", attempt=number, **facts),
     )
 
@@ -95,8 +99,15 @@ def assert_sane(observation: Observation) -> None:
     for text in shown:
         assert text is None or text.isprintable()
         assert text is None or len(text) <= 1000
-    for count in (observation.prompt_tokens, observation.completion_tokens, observation.cached_tokens):
+    for count in (
+        observation.prompt_tokens, observation.completion_tokens, observation.cached_tokens, observation.reasoning_tokens,
+    ):  # fmt: skip
         assert count is None or 0 <= count < 10**9
+    assert observation.choices is None or observation.choices >= 1
+    assert observation.text is None or len(observation.text) <= 2000
+    if observation.drawn is not None:
+        assert -9998 < observation.drawn.logprob_nats <= 1e-4
+        assert bytes.fromhex(observation.drawn.bytes_hex) is not None
     if observation.top is None:
         assert observation.fault is not None
         assert observation.answered == (observation.fault in FAULTS_WITH_ANSWER)
@@ -126,7 +137,7 @@ def endpoint(**more: Any) -> Endpoint:
 def body(asked: Endpoint, top_logprobs: int = 20, **more: Any) -> dict[str, Any]:
     messages = [Message(role="system", content="Be brief."), Message(role="user", content="Say a word.")]
     request = PlannedRequest(request_id="p", probe=Probe(id="p", purpose="a probe", messages=messages), **more)
-    return DIALECT.body(asked, request, temperature=1.0, top_logprobs=top_logprobs, seed=7)
+    return DIALECT.body(asked, request, temperature=1.0, top_logprobs=top_logprobs, seed=7, prompt_ids=[5, 6, 7])
 
 
 def test_a_short_answer_is_asked_for_with_its_length() -> None:
@@ -136,6 +147,35 @@ def test_a_short_answer_is_asked_for_with_its_length() -> None:
 def test_a_forced_text_is_gone_on_with_and_its_own_logprobs_are_asked_for() -> None:
     forced = {"prompt_logprobs": 20, "continue_final_message": True, "add_generation_prompt": False}
     assert body(endpoint(), forced=True) == body(endpoint()) | forced
+
+
+def test_settings_of_a_request_replace_the_usual_ones_and_the_users_replace_both() -> None:
+    settings = {"temperature": 2.0, "top_k": 1, "seed": 4, "stream": True}
+    assert body(endpoint(), settings=settings) == body(endpoint()) | settings
+    asked = endpoint(extra_body={"seed": 8})
+    assert body(asked, settings=settings) == body(endpoint()) | settings | {"seed": 8}
+
+
+def test_tools_are_sent_as_they_are() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    messages = [Message(role="user", content="Say a word.")]
+    request = PlannedRequest(request_id="p", probe=Probe(id="p", purpose="a probe", messages=messages, tools=tools))
+    sent = DIALECT.body(endpoint(), request, temperature=1.0, top_logprobs=20, seed=7, prompt_ids=[])
+    assert sent["tools"] == tools
+    assert "tools" not in body(endpoint())
+    assert DIALECT.path(request) == "/chat/completions"
+
+
+def test_a_raw_request_is_the_references_own_tokens_and_no_conversation() -> None:
+    messages = [Message(role="user", content="Say a word.")]
+    request = PlannedRequest(request_id="p", probe=Probe(id="p", purpose="a probe", messages=messages))
+    raw = raw_twin(request)
+    assert (raw.request_id, raw.raw, raw.probe) == ("raw-p", True, request.probe)
+    assert DIALECT.path(raw) == "/completions"
+    assert body(endpoint(extra_body={"top_k": -1}), raw=True) == {
+        "model": "some-model", "max_tokens": 1, "n": 1, "temperature": 1.0, "top_p": 1, "presence_penalty": 0,
+        "frequency_penalty": 0, "seed": 7, "stream": False, "prompt": [5, 6, 7], "logprobs": 20, "top_k": -1,
+    }  # fmt: skip
 
 
 def test_every_sampling_parameter_is_stated() -> None:
@@ -194,6 +234,17 @@ def test_a_valid_answer_is_read() -> None:
         "prompt_tokens": 40,
         "completion_tokens": 1,
         "cached_tokens": 0,
+        "reasoning_tokens": None,
+        "shows_reasoning": False,
+        "answer_id": "chatcmpl-1",
+        "listing": None,
+        "record": None,
+        "raw": False,
+        "streamed": False,
+        "text": " the",
+        "choices": 1,
+        "drawn": {"bytes_hex": "2074", "logprob_nats": -0.7},
+        "nameless": 0,
         "positions": None,
         "quirks": [],
     }
@@ -416,6 +467,240 @@ def test_an_end_of_turn_is_told_from_missing_logprobs() -> None:
     assert observe_json(document).fault == "end_of_turn"
 
 
+# -- what was generated ----------------------------------------------------------------------------------------
+
+
+def drawn_of(**entry_of_token: Any) -> TopToken | None:
+    document = answer()
+    document["choices"][0]["logprobs"]["content"][0] |= entry_of_token
+    return observe_json(document).drawn
+
+
+def test_the_drawn_token_is_named_by_its_bytes_and_need_not_be_listed() -> None:
+    assert drawn_of() == TopToken(bytes_hex="2074", logprob_nats=-0.7)
+    assert drawn_of(token="x", bytes=None, logprob=-9) == TopToken(bytes_hex="78", logprob_nats=-9.0)
+    assert drawn_of(token="", bytes=[], logprob=0) == TopToken(bytes_hex="", logprob_nats=0.0)
+
+
+@pytest.mark.parametrize("logprob", [None, "-1", True, math.nan, math.inf, -math.inf, 0.5, -9999, -(10**400), 10**400])
+def test_a_drawn_token_without_a_logprob_is_none(logprob: Any) -> None:
+    assert drawn_of(logprob=logprob) is None
+
+
+@pytest.mark.parametrize("name", ["\ufffd", "Ġthe", "token_id:7", None, 7])
+def test_a_drawn_token_without_a_name_is_none(name: Any) -> None:
+    assert drawn_of(token=name, bytes=None) is None
+
+
+def test_of_a_text_the_beginning_is_kept_as_it_is() -> None:
+    document = answer()
+    document["choices"][0]["message"]["content"] = "é\n\x1b" + "x" * 5000
+    assert observe_json(document).text == "é\n\x1b" + "x" * 1997
+    document["choices"][0]["message"]["content"] = "a\ud800b"
+    assert observe_json(document).text == "a?b"
+    document["choices"][0]["message"]["content"] = ["a"]
+    assert observe_json(document).text is None
+
+
+def test_choices_are_counted() -> None:
+    document = answer()
+    document["choices"] *= 2
+    assert observe_json(document).choices == 2
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_reasoning_that_is_shown_is_seen(field: str) -> None:
+    document = answer()
+    document["choices"][0]["message"][field] = "Let me think."
+    document["usage"]["completion_tokens_details"] = {"reasoning_tokens": 12}
+    observation = observe_json(document)
+    assert (observation.shows_reasoning, observation.reasoning_tokens) == (True, 12)
+
+
+@pytest.mark.parametrize("shown", [None, "", [], 7, {}])
+def test_an_empty_field_of_reasoning_shows_none(shown: Any) -> None:
+    document = answer()
+    document["choices"][0]["message"]["reasoning_content"] = shown
+    assert not observe_json(document).shows_reasoning
+
+
+@pytest.mark.parametrize("counted", [None, -1, "12", 1.5, True, [], 10**9])
+def test_a_count_of_reasoning_that_is_none_is_none(counted: Any) -> None:
+    document = answer()
+    document["usage"]["completion_tokens_details"] = {"reasoning_tokens": counted}
+    assert observe_json(document).reasoning_tokens is None
+
+
+# -- completions of token ids ----------------------------------------------------------------------------------
+
+RAW_BODY = {"model": "some-model", "prompt": [5, 6, 7], "max_tokens": 1, "logprobs": 20}
+
+
+def legacy(**logprobs: Any) -> dict[str, Any]:
+    """An answer of /completions as vLLM gives it: each token once, and one dictionary of texts a position."""
+    lists = {"text_offset": [0], "tokens": [" the"], "token_logprobs": [-0.7], "top_logprobs": [{" the": -0.7, " a": -1.5, " one": -3.0}]}  # fmt: skip
+    return {
+        "id": "cmpl-1", "object": "text_completion", "model": "some-model",
+        "choices": [{"index": 0, "text": " the", "finish_reason": "length", "logprobs": lists | logprobs}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
+    }  # fmt: skip
+
+
+def observe_raw(document: Any) -> Observation:
+    return DIALECT.observe("p-1", [attempt(body=RAW_BODY, body_text=json.dumps(document))])
+
+
+def test_a_completion_of_token_ids_is_read_in_its_older_shape() -> None:
+    observation = observe_raw(legacy())
+    assert (observation.answered, observation.fault, observation.raw) == (True, None, True)
+    assert tokens(observation) == [(" the", -0.7), (" a", -1.5), (" one", -3.0)]
+    assert observation.drawn == TopToken(bytes_hex=b" the".hex(), logprob_nats=-0.7)
+    assert (observation.text, observation.prompt_tokens, observation.quirks) == (" the", 3, ["bytes_absent"])
+    assert_sane(observation)
+
+
+def test_a_completion_of_token_ids_may_carry_lists_as_chat_does() -> None:
+    document = legacy()
+    document["choices"][0]["logprobs"] = answer()["choices"][0]["logprobs"]
+    observation = observe_raw(document)
+    assert observation.raw
+    assert tokens(observation) == [(" the", -0.7), (" a", -1.5), (" one", -3.0)]
+    assert observation.quirks == []
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"tokens": None}, {"tokens": []}, {"tokens": "the"}, {"top_logprobs": None}, {"top_logprobs": []},
+        {"top_logprobs": [None]}, {"top_logprobs": [[]]}, {"top_logprobs": [{}]}, {"top_logprobs": 7},
+        {"top_logprobs": [{"a": "b"}]}, {"top_logprobs": [{"a": None}]}, {"top_logprobs": [{"a": 0.5, "b": -1}]},
+    ],
+)  # fmt: skip
+def test_a_broken_list_of_a_completion_is_no_list(broken: dict[str, Any]) -> None:
+    observation = observe_raw(legacy(**broken))
+    assert observation.answered
+    assert observation.top is None
+    assert observation.fault in FAULTS_WITH_ANSWER
+    assert_sane(observation)
+
+
+@pytest.mark.parametrize("values", [None, [], "x", [None], ["x"], [math.nan]])
+def test_a_completions_lists_are_read_without_the_logprob_of_what_was_drawn(values: Any) -> None:
+    observation = observe_raw(legacy(token_logprobs=values))
+    assert observation.drawn is None
+    assert tokens(observation) == [(" the", -0.7), (" a", -1.5), (" one", -3.0)]
+
+
+# -- streams ---------------------------------------------------------------------------------------------------
+
+
+def chunk(text: str | None = None, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    content = [entry(text, -0.5) | {"top_logprobs": [entry(text, -0.5), entry("other", -2)]}] if text else None
+    choice = {
+        "index": 0,
+        "delta": {"content": text},
+        "finish_reason": finish,
+        "logprobs": content and {"content": content},
+    }
+    return {"id": "c", "object": "chat.completion.chunk", "model": "some-model", "choices": [choice], **more}
+
+
+STREAM = [
+    {"id": "c", "model": "some-model", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
+    chunk("Once"), chunk(" upon"), chunk(" a", "length"),
+    {"id": "c", "choices": [], "usage": {"prompt_tokens": 40, "completion_tokens": 3}},
+]  # fmt: skip
+
+
+def events(*documents: Any, end: str = "\n\n", done: bool = True) -> str:
+    lines = [f"data: {d if isinstance(d, str) else json.dumps(d, ensure_ascii=False)}" for d in documents]
+    return end.join([*lines, "data: [DONE]" if done else ""])
+
+
+def observe_stream(text: str, max_tokens: int = 8, **received: Any) -> Observation:
+    asked = {"messages": [], "stream": True, "max_tokens": max_tokens}
+    return DIALECT.observe("p-1", [attempt(body=asked, body_text=text, **received)])
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\n", "\n\n: a comment\n\n", "\n\nevent: message\nid: 1\n"])
+@pytest.mark.parametrize("done", [True, False])
+def test_a_stream_is_read_as_the_answer_that_it_is_a_stream_of(end: str, done: bool) -> None:
+    observation = observe_stream(events(*STREAM, end=end, done=done))
+    assert (observation.answered, observation.fault, observation.streamed) == (True, None, True)
+    assert (observation.text, observation.finish_reason, observation.choices) == ("Once upon a", "length", 1)
+    assert (observation.prompt_tokens, observation.completion_tokens) == (40, 3)
+    assert observation.model_named == "some-model"
+    assert observation.positions is not None
+    assert [bytes.fromhex(p.bytes_hex or "") for p in observation.positions] == [b"Once", b" upon", b" a"]
+    assert tokens(observation) == [("Once", -0.5), ("other", -2)]
+    assert_sane(observation)
+
+
+def test_an_answer_that_is_no_stream_is_not_called_one() -> None:
+    assert not observe_stream(json.dumps(answer())).streamed
+
+
+def test_a_line_separator_inside_a_token_does_not_end_an_event() -> None:
+    """Only CR and LF end a line of a stream; JSON may hold other separators as they are."""
+    for separator in ("\u2028", "\u2029", "\x85"):
+        observation = observe_stream(events(chunk(f"a{separator}b"), chunk(" c", "stop")))
+        assert observation.text == f"a{separator}b c"
+
+
+def test_an_error_within_a_stream_is_a_fault() -> None:
+    observation = observe_stream(events(*STREAM[:2], {"error": {"message": "out of\x1b memory"}}))
+    assert (observation.answered, observation.fault) == (False, "error_object")
+    assert observation.fault_detail == "out of\ufffd memory"
+    assert_sane(observation)
+
+
+def test_an_event_that_cannot_be_read_is_passed_over() -> None:
+    broken = events(
+        *STREAM[:2], '{"choices": [{"del', "", "null", "[]", '{"choices": 7}', '{"choices": [7]}', *STREAM[2:]
+    )
+    observation = observe_stream(broken)
+    assert (observation.text, observation.finish_reason) == ("Once upon a", "length")
+    assert_sane(observation)
+
+
+def test_a_torn_stream_holds_what_came() -> None:
+    whole = events(*STREAM)
+    for length in range(0, len(whole), 7):
+        observation = observe_stream(whole[:length])
+        assert observation.text is None or "Once upon a".startswith(observation.text)
+        assert_sane(observation)
+
+
+@pytest.mark.parametrize("text", ["data:", "data: [DONE]", "data: {}", "data: null\n\n" * 5, 'data: {"choices": []}'])
+def test_an_empty_stream_is_no_answer(text: str) -> None:
+    observation = observe_stream(text)
+    assert (observation.answered, observation.fault, observation.streamed) == (False, "no_choices", True)
+
+
+def test_a_status_beside_a_stream_is_a_fault() -> None:
+    assert observe_stream(events(*STREAM), status=500).fault == "http_500"
+
+
+def test_a_long_stream_is_read_in_time_that_grows_with_its_length() -> None:
+    """A hostile stream of very many tiny events; what grows with the square of their number would take minutes."""
+    tiny = json.dumps({"choices": [{"delta": {"content": "xxxxxxxx"}}]})
+
+    def cost(number: int) -> float:
+        text = events(*[tiny] * number)
+        started = time.process_time()
+        assert observe_stream(text).text == "x" * min(2000, 8 * number)
+        return time.process_time() - started
+
+    cost(100)
+    assert cost(16_000) < 16 * max(cost(4000), 0.01)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_of_a_stream_no_more_tokens_are_read_than_were_asked_for(max_tokens: int) -> None:
+    positions = observe_stream(events(*STREAM), max_tokens=max_tokens).positions
+    assert (0 if positions is None else len(positions)) == (0 if max_tokens == 1 else max_tokens)
+
+
 # -- reading what is no answer ---------------------------------------------------------------------------------
 
 
@@ -550,6 +835,8 @@ def with_slot(document: dict[str, Any], path: tuple[Any, ...], value: Any) -> An
 
 
 SLOTS = slots(answer())
+LEGACY_SLOTS = slots(legacy())
+CHUNK_SLOTS = slots(STREAM[1])
 WRONG: list[Any] = [
     None, True, False, 0, 1, -1, 1.5, -1e308, math.nan, math.inf, -math.inf, 10**15, 10**400, -(10**400), "", "x",
     "\ud800", "\x1b[31m", "é" * 5000, [], [None], [[]], [{}], [0] * 300, {}, {"content": None}, {"x": [1]},
@@ -593,6 +880,43 @@ def test_any_bytes_are_read(raw: bytes) -> None:
 def test_every_slot_may_hold_the_wrong_thing(path: tuple[Any, ...]) -> None:
     for wrong in WRONG:
         assert_sane(observe_json(with_slot(answer(), path, wrong)))
+
+
+@pytest.mark.parametrize("path", LEGACY_SLOTS, ids=lambda path: ".".join(map(str, path)) or "whole")
+def test_every_slot_of_a_completion_may_hold_the_wrong_thing(path: tuple[Any, ...]) -> None:
+    for wrong in WRONG:
+        assert_sane(observe_raw(with_slot(legacy(), path, wrong)))
+
+
+@pytest.mark.parametrize("path", CHUNK_SLOTS, ids=lambda path: ".".join(map(str, path)) or "whole")
+def test_every_slot_of_a_stream_may_hold_the_wrong_thing(path: tuple[Any, ...]) -> None:
+    for wrong in WRONG:
+        assert_sane(observe_stream(events(STREAM[0], with_slot(STREAM[1], path, wrong), *STREAM[2:])))
+
+
+@given(st.sampled_from(LEGACY_SLOTS), json_values)
+@few
+def test_every_slot_of_a_completion_may_hold_anything(path: tuple[Any, ...], value: Any) -> None:
+    assert_sane(observe_raw(with_slot(legacy(), path, value)))
+
+
+@given(st.sampled_from(CHUNK_SLOTS), json_values)
+@few
+def test_every_slot_of_a_stream_may_hold_anything(path: tuple[Any, ...], value: Any) -> None:
+    document = json.dumps(with_slot(STREAM[1], path, value))
+    assert_sane(observe_stream(events(STREAM[0], document, *STREAM[2:])))
+
+
+@given(st.lists(json_values, max_size=6))
+@few
+def test_any_events_are_read(values: list[Any]) -> None:
+    assert_sane(observe_stream(events(*map(json.dumps, values))))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+@few
+def test_any_text_after_the_mark_of_an_event_is_read(text: str) -> None:
+    assert_sane(observe_stream(f"data:{text}"))
 
 
 @given(st.sampled_from(SLOTS), json_values)

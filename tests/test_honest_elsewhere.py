@@ -12,8 +12,9 @@ import pytest
 
 from weighbridge.dialects.openai_chat import OpenAIChat
 from weighbridge.judge.library import Library, build_library
+from weighbridge.judge.opening import open_case
 from weighbridge.judge.policy import load_policy
-from weighbridge.judge.verdict import judge, open_case
+from weighbridge.judge.verdict import judge
 from weighbridge.plan import make_plan
 from weighbridge.records import Capability, Endpoint, Exchange, Observation, Plan, Received, Sent
 from weighbridge.reference.bundle import Bundle, load_bundle
@@ -79,7 +80,9 @@ def answers(bundle: Bundle, plan: Plan, spelling: Any, rng: np.random.Generator)
                 }
             ],
         }
-        sent = Sent(request_id=request.request_id, attempt=1, sent_at="2026-11-22T00:00:00+00:00", body={})
+        sent = Sent(
+            request_id=request.request_id, attempt=1, sent_at="2026-11-22T00:00:00+00:00", body={"messages": []}
+        )
         received = Received(
             request_id=request.request_id, attempt=1, status=200, headers={}, body_text=json.dumps(body), latency_s=0.1
         )

@@ -5,7 +5,7 @@ bundle; where one is named here, the bundle has to hold it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,16 +15,27 @@ from numpy.typing import NDArray
 
 from weighbridge.judge.case import Case
 from weighbridge.judge.causes import CauseEvidence, weigh_causes
-from weighbridge.judge.library import COARSEST_GRID_NATS, Library, build_library
+from weighbridge.judge.checks.weights import differs_after
+from weighbridge.judge.library import COARSEST_GRID_NATS, Library, build_library, build_rendered
+from weighbridge.judge.opening import open_case
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import Resolution, resolutions
 from weighbridge.judge.sizes import WeightEvidence
-from weighbridge.judge.verdict import judge, open_case
-from weighbridge.judge.checks.weights import differs_after
+from weighbridge.judge.verdict import judge
 from weighbridge.plan import make_plan
 from weighbridge.probes import draw
-from weighbridge.records import Axis, Capability, Endpoint, Finding, Observation, Plan, TopToken, Verdict
-from weighbridge.reference.bundle import JUDGED, Bundle, StackRecord, load_bundle
+from weighbridge.records import (
+    Capability,
+    Endpoint,
+    Finding,
+    Observation,
+    Plan,
+    PlannedRequest,
+    Probe,
+    TopToken,
+    Verdict,
+)
+from weighbridge.reference.bundle import JUDGED, OFFICIAL, Bundle, StackRecord, load_bundle, rendered_id
 from weighbridge.stats.grid import round_to_bfloat16
 
 Floats = NDArray[np.float64]
@@ -72,33 +83,39 @@ def whole_library(*, bfloat16_logprobs: bool = False) -> Library:
 
 
 @cache
-def recorded(stack_id: str) -> tuple[Observation, ...]:
-    """What an endpoint with this stack would have answered to the one-token probes, its prompts counted as the official ones."""
-    values = bundle().logprobs_nats[bundle().stack_index[stack_id]].astype(np.float64)
-    out = []
-    for probe_id in bundle().usable_probe_ids:
-        row = bundle().row_index[probe_id]
-        columns = np.argsort(-np.nan_to_num(values[row], nan=-np.inf), kind="stable")[:TOP]
-        top = [
-            TopToken(
-                bytes_hex=bundle().vocabulary[bundle().token_ids[row, column]].hex(),
-                logprob_nats=min(0.0, float(values[row, column])),
-            )
-            for column in columns
-            if np.isfinite(values[row, column])
-        ]
-        out.append(
-            Observation(
-                request_id=probe_id, probe_id=probe_id, answered=True, status=200, attempts=1, latency_s=0.1, completion_tokens=1,
-                prompt_tokens=int(bundle().prompt_tokens[0, bundle().probe_index[probe_id]]), top=top,
-            )
-        )  # fmt: skip
-    return tuple(out)
+def recorded(stack_id: str, rendering: str = OFFICIAL, counted_as: str = OFFICIAL) -> tuple[Observation, ...]:
+    """What an endpoint with this stack would have answered to the one-token probes under a rendering; and how it counts prompts."""
+    pool = bundle().pool_at("L3", rendering)
+    assert pool is not None
+    return tuple(
+        answer_of(stack_id, probe_id.split("@")[0], rendering, counted_as) for probe_id in bundle().usable_probes(pool)
+    )
 
 
-def drawn(stack_id: str, seed: str, asked: int = ASKED) -> list[Observation]:
+def answer_of(stack_id: str, probe_id: str, rendering: str, counted_as: str) -> Observation:
+    row = bundle().row_index[rendered_id(probe_id, rendering)]
+    values = bundle().logprobs_nats[bundle().stack_index[stack_id], row].astype(np.float64)
+    columns = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:TOP]
+    top = [
+        TopToken(
+            bytes_hex=bundle().vocabulary[bundle().token_ids[row, column]].hex(),
+            logprob_nats=min(0.0, float(values[column])),
+        )
+        for column in columns
+        if np.isfinite(values[column])
+    ]
+    hypothesis = [h.id for h in bundle().manifest.hypotheses].index(counted_as)
+    return Observation(
+        request_id=probe_id, probe_id=probe_id, answered=True, status=200, attempts=1, latency_s=0.1, completion_tokens=1,
+        prompt_tokens=int(bundle().prompt_tokens[hypothesis, bundle().probe_index[probe_id]]), top=top,
+    )  # fmt: skip
+
+
+def drawn(
+    stack_id: str, seed: str, asked: int = ASKED, *, rendering: str = OFFICIAL, counted_as: str = OFFICIAL
+) -> list[Observation]:
     """The first answers in the order that a seed gives."""
-    answers = {observation.probe_id: observation for observation in recorded(stack_id)}
+    answers = {observation.probe_id: observation for observation in recorded(stack_id, rendering, counted_as)}
     return [answers[probe_id] for probe_id in draw(sorted(answers), seed)][:asked]
 
 
@@ -126,7 +143,7 @@ class Judged:
 
     case: Case
     verdict: Verdict
-    findings: dict[Axis, Finding]
+    findings: dict[str, Finding]
 
     @property
     def evidence(self) -> WeightEvidence:
@@ -145,11 +162,22 @@ def plan() -> Plan:
     return make_plan(endpoint, POLICY, bundle(), seed="x")
 
 
-def judged(answers: list[Observation], library: Library, *, top_logprobs: int = TOP) -> Judged:
+@cache
+def probes() -> dict[str, Probe]:
+    return {request.probe.id: request.probe for request in (*plan().prompt_requests, *plan().probe_requests)}
+
+
+def judged(
+    answers: list[Observation], library: Library, *, top_logprobs: int = TOP, prompt_answers: tuple[Observation, ...] = ()
+) -> Judged:  # fmt: skip
+    """An audit that asked for these answers in this order, after those to the probes of the prompt's structure."""
     capability = Capability(
         reachable=True, top_logprobs=top_logprobs, temperature_regime="before_temperature", usage_reported=True
     )
-    case = open_case(plan(), capability, answers, library)
+    prompt_requests, numbered_first = _asked("prompt", prompt_answers)
+    probe_requests, numbered = _asked("probe", answers)
+    asked = plan().model_copy(update={"prompt_requests": prompt_requests, "probe_requests": probe_requests})
+    case = open_case(asked, capability, [*numbered_first, *numbered], library)
     findings, verdict = judge(
         case,
         requests_sent=len(answers),
@@ -157,7 +185,15 @@ def judged(answers: list[Observation], library: Library, *, top_logprobs: int = 
         all_observations=answers,
         observations_sha256="0" * 64,
     )
-    return Judged(case, verdict, {finding.axis: finding for finding in findings.findings})
+    return Judged(case, verdict, {finding.check: finding for finding in findings.findings})
+
+
+def _asked(stage: str, answers: Sequence[Observation]) -> tuple[list[PlannedRequest], list[Observation]]:
+    names = [f"{stage}-{n:04d}" for n in range(len(answers))]
+    return (
+        [PlannedRequest(request_id=n, probe=probes()[o.probe_id]) for n, o in zip(names, answers, strict=True)],
+        [o.model_copy(update={"request_id": n}) for n, o in zip(names, answers, strict=True)],
+    )
 
 
 def judged_at_the_stop(answers: list[Observation], library: Library) -> Judged:
@@ -279,20 +315,108 @@ def test_a_departure_that_nobody_recorded_is_none_of_these() -> None:
     assert list(rows)[-1] == "none_of_these"
 
 
-@pytest.mark.parametrize("stack_id", stacks_where(lambda s: s.departure == "template"))
-def test_another_rendering_is_a_wrong_prompt_even_if_its_tokens_are_counted_right(stack_id: str) -> None:
-    answers = drawn(stack_id, "prompt")
-    for found in (judged(answers, whole_library()), judged_at_the_stop(answers, whole_library())):
-        assert (found.verdict.verdict, found.verdict.cause) == ("differs", "template")
-        assert (found.findings["prompt"].outcome, found.findings["prompt"].cause) == ("inconsistent", "template")
-        assert found.verdict.axes["weights"] == "inconclusive"
-        assert found.verdict.exact_variant is None
+# -- renderings ------------------------------------------------------------------------------------------------
+
+RENDERINGS = [h.id for h in bundle().manifest.hypotheses if h.id != OFFICIAL]
+# No probe of the weights has a system message of its own, so this one shows in the probes of the prompt's structure alone.
+UNSEEN = "system-dropped"
+SEEN = [rendering for rendering in RENDERINGS if rendering != UNSEEN]
+
+
+def assert_named(found: Judged, rendering: str) -> None:
+    record = next(h for h in bundle().manifest.hypotheses if h.id == rendering)
+    prompt = found.findings["prompt"]
+    assert (found.verdict.verdict, found.verdict.cause) == ("differs", record.cause)
+    assert (prompt.outcome, prompt.cause) == ("inconsistent", record.cause)
+    assert prompt.details["served"] == found.case.served == rendering
+    assert record.description in prompt.summary
+
+
+@pytest.mark.parametrize("rendering", RENDERINGS)
+def test_another_rendering_is_named_by_the_answers_although_its_tokens_are_counted_as_the_official_ones(
+    rendering: str,
+) -> None:
+    pool = bundle().pool_at("prompt")
+    assert pool is not None
+    structure = tuple(
+        answer_of("hf-float32", probe_id, rendering, OFFICIAL) for probe_id in bundle().usable_probes(pool)
+    )
+    answers = drawn("hf-float32", "prompt", rendering=rendering)
+    found = judged(answers, whole_library(), prompt_answers=structure)
+    assert_named(found, rendering)
+    # What was asked is known, so the weights are judged by it, and they are the reference's.
+    assert found.findings["weights"].outcome == "consistent"
+    assert found.findings["weights"].summary.startswith("Under the prompt that was served: the logprobs")
+    # The counts are then those of another prompt than the one that was proven to be served.
+    assert found.findings["counting"].outcome == "inconsistent"
+
+
+@pytest.mark.parametrize("rendering", SEEN)
+@pytest.mark.parametrize("stack_id", ["hf-bfloat16", "emulated-outputs"])
+def test_honest_weights_are_cleared_under_another_rendering(stack_id: str, rendering: str) -> None:
+    found = judged(drawn(stack_id, "cleared", rendering=rendering, counted_as=rendering), whole_library())
+    assert_named(found, rendering)
+    assert (found.verdict.axes["weights"], found.verdict.exact_variant) == ("consistent", None)
+    assert found.findings["counting"].outcome == "consistent"
+
+
+@pytest.mark.parametrize("rendering", SEEN)
+@pytest.mark.parametrize("stack_id", ["int8", "fp8-e4m3", "int4-g64", "nf4-g64", "llamacpp-q4_0"])
+def test_altered_weights_are_named_under_another_rendering(stack_id: str, rendering: str) -> None:
+    found = judged(drawn(stack_id, "altered", rendering=rendering, counted_as=rendering), whole_library())
+    assert_named(found, rendering)
+    weights = found.findings["weights"]
+    assert (weights.outcome, weights.cause) == ("inconsistent", "precision")
+    assert weights.exact_variant == found.verdict.exact_variant == stack_of(stack_id).variant
+
+
+@pytest.mark.parametrize("rendering", RENDERINGS)
+def test_the_library_under_another_rendering_allows_an_honest_stack_no_less(rendering: str) -> None:
+    official = whole_library()
+    rendered = build_rendered(official, rendering)
+    assert rendered is not None
+    assert (rendered.rendering, len(rendered.probe_ids)) == (rendering, 64)
+    assert set(rendered.probe_ids) <= set(official.probe_ids)
+    assert {stack.departure for stack in rendered.variants} <= set(JUDGED)
+    for null in rendered.nulls:
+        same = official.null_for(null.grid_nats)
+        assert same is not None
+        assert null.limit_nats >= same.limit_nats
+
+
+def test_every_rendering_but_one_changes_the_prompts_of_the_weights() -> None:
+    for rendering in RENDERINGS:
+        pool = bundle().pool_at("L3", rendering)
+        assert pool is not None
+        names = bundle().usable_probes(pool)
+        changed = [bundle().prompt_of(name) != bundle().prompt_of(name.split("@")[0]) for name in names]
+        assert all(changed) if rendering != UNSEEN else not any(changed)
+
+
+@pytest.mark.parametrize("counted_as", [OFFICIAL, "gemma-template"])
+def test_a_residual_that_nothing_recorded_explains_is_not_blamed_on_the_weights(counted_as: str) -> None:
+    """An unknown prompt may be why: 3-bit weights and depth 24 are far from everything once they are not recorded."""
+    for variant in ("int3-g64", "depth-24"):
+        library = library_where(lambda s, v=variant: s.variant != v)  # type: ignore[misc]
+        found = judged(drawn(variant, "unknown", counted_as=counted_as), library)
+        weights, prompt = found.findings["weights"], found.findings["prompt"]
+        assert found.case.served is None
+        assert found.verdict.verdict == "differs"
+        assert (weights.outcome, weights.cause, weights.exact_variant) == ("inconclusive", None, None)
+        assert "whether the prompt or the weights are why is not known" in weights.summary
+        assert found.verdict.family is None
+        if counted_as == OFFICIAL:
+            assert found.verdict.cause == "none_of_these"
+            assert prompt.outcome == "inconclusive"
+            assert "another prompt, or other weights" in prompt.summary
+        else:
+            assert prompt.outcome == "inconsistent"
 
 
 def test_wrong_prompts_are_no_departures_of_the_weights() -> None:
-    library = whole_library()
-    assert {stack.departure for stack in library.variants} <= set(JUDGED)
-    assert {stack.departure for stack in library.renderings} == {"template"}
+    assert {stack.departure for stack in whole_library().variants} <= set(JUDGED)
+    assert {stack.departure for stack in bundle().manifest.stacks} == {None, *JUDGED}
+    assert {h.cause for h in bundle().manifest.hypotheses} == {None, "template"}
 
 
 # -- every answer once -----------------------------------------------------------------------------------------

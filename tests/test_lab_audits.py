@@ -133,7 +133,7 @@ def test_no_logprobs_is_not_verified(backend: Backend, tmp_path: Path) -> None:
         Lies(max_top_logprobs=5),
         Lies(sentinels=True),
         Lies(logprobs_after_temperature=True),
-        Lies(ignore_temperature=True),
+        Lies(ignored=("temperature",)),
     ],
     ids=repr,
 )
@@ -153,7 +153,7 @@ def test_lies_about_logprobs_change_no_verdict(
     [
         (Lies(), "before_temperature"),
         (Lies(logprobs_after_temperature=True), "after_temperature"),
-        (Lies(ignore_temperature=True), "before_temperature"),
+        (Lies(ignored=("temperature",)), "before_temperature"),
     ],
     ids=repr,
 )

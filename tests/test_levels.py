@@ -12,12 +12,13 @@ from weighbridge.capability import sampling_of
 from weighbridge.cli import cli
 from weighbridge.collect import Budget
 from weighbridge.judge.answers import line_up
+from weighbridge.judge.checks.weights import differs_after, excluded_variants, name_of
 from weighbridge.judge.library import Library, build_library
+from weighbridge.judge.opening import open_case
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import answers_to_differ, drawn, put_on
 from weighbridge.judge.sizes import features_of, honest_processes, weigh
-from weighbridge.judge.verdict import judge, open_case
-from weighbridge.judge.checks.weights import differs_after, excluded_variants, name_of
+from weighbridge.judge.verdict import judge
 from weighbridge.plan import make_plan, worst_case_tokens
 from weighbridge.records import Capability, Endpoint, Limits, LogprobLevel, Observation, Plan, Position, Price, TopToken
 from weighbridge.reference.bundle import Bundle, load_bundle

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from weighbridge.errors import ConfigurationError
 from weighbridge.paths import data_path
-from weighbridge.plan import pool_of
+from weighbridge.plan import pool_at_hand, pool_of
 from weighbridge.probes import Level, Pool, draw, load_pool, write_pool
 from weighbridge.records import Message, Probe, checked
-from weighbridge.reference.bundle import Bundle, load_bundle
+from weighbridge.reference.bundle import OFFICIAL, Bundle, load_bundle, rendered_id
 from weighbridge.reference.select import ANSWERS, BAND, Selection
 
 few = settings(derandomize=True, deadline=None, max_examples=40)
@@ -207,16 +207,44 @@ def test_a_later_choice_leaves_out_what_an_earlier_one_took() -> None:
 
 
 def test_the_bundle_was_recorded_on_these_pools(bundle: Bundle) -> None:
-    assert [pool.id for pool in bundle.manifest.pools] == ["chat-one-token", "banded-one-token", "short-answer", "forced-text", "long-context", "greedy-text"]  # fmt: skip
-    for recorded in bundle.manifest.pools:
+    official = [pool for pool in bundle.manifest.pools if pool.rendering == OFFICIAL]
+    assert [pool.id for pool in official] == [
+        "chat-one-token", "banded-one-token", "short-answer", "forced-text", "long-context", "greedy-text", "prompt-structure",
+    ]  # fmt: skip
+    for recorded in official:
         pool = pool_of(bundle, recorded.level)
         assert pool.identity == load_pool(recorded.id).identity
         assert pool.description.level == recorded.level
         assert [bundle.manifest.probe_ids[i] for i in recorded.probes] == [probe.id for probe in pool.probes]
 
 
+def test_the_renderings_were_recorded_on_the_first_probes_of_these_pools(bundle: Bundle) -> None:
+    renderings = [h.id for h in bundle.manifest.hypotheses if h.id != OFFICIAL]
+    rendered = [pool for pool in bundle.manifest.pools if pool.rendering != OFFICIAL]
+    assert [(pool.id, pool.rendering) for pool in rendered] == [
+        (name, rendering) for name in ("prompt-structure", "chat-one-token") for rendering in renderings
+    ]
+    for recorded in rendered:
+        pool = pool_at_hand(bundle, recorded)
+        assert pool.identity == load_pool(recorded.id).identity
+        first = [rendered_id(probe.id, recorded.rendering) for probe in pool.probes[: len(recorded.probes)]]
+        assert [bundle.manifest.probe_ids[i] for i in recorded.probes] == first
+
+
+def test_the_prompts_structure_is_of_every_kind(bundle: Bundle) -> None:
+    """With and without a system message of its own, of one turn and of several."""
+    probes = load_pool("prompt-structure").probes
+    assert len(probes) == 10
+    assert {probe.messages[0].role for probe in probes} == {"system", "user"}
+    assert len({len(probe.messages) for probe in probes}) >= 3
+    assert all(probe.messages[-1].role == "user" for probe in probes)
+
+
 def test_all_pools_together_stay_below_sixty_thousand_prompt_tokens(bundle: Bundle) -> None:
-    assert bundle.prompt_tokens[0].sum() <= np.diff(bundle.prompt_offsets).sum() <= 60_000
+    official = [i for pool in bundle.manifest.pools if pool.rendering == OFFICIAL for i in pool.probes]
+    lengths = np.diff(bundle.prompt_offsets)[official]
+    # A forced text is counted as it is sent: without what the model is to go on with.
+    assert bundle.prompt_tokens[0, official].sum() <= lengths.sum() <= 60_000
 
 
 def test_long_contexts_are_few_and_long(bundle: Bundle) -> None:

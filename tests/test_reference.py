@@ -21,7 +21,7 @@ from weighbridge.lab.weights import matrix_bits
 from weighbridge.paths import cache_folder, data_path
 from weighbridge.records import read_toml
 from weighbridge.reference.build import build_bundle
-from weighbridge.reference.bundle import EMBEDDED, Bundle, Manifest, StackRecord, load_bundle
+from weighbridge.reference.bundle import EMBEDDED, Bundle, Manifest, StackRecord, load_bundle, unfit_to_judge
 from weighbridge.reference.engine import Prompt, Rows, Wanted
 from weighbridge.reference.servers import TrustedServer
 from weighbridge.reference.spec import Spec
@@ -54,6 +54,11 @@ name = "small-pool"
 [[pool]]
 name = "small-forced"
 only_on = ["f32", "f16"]
+[[pool]]
+name = "small-pool"
+renderings = ["no-generation-prompt"]
+first = 2
+only_on = ["f32", "q4_0"]
 [[stack]]
 id = "f32"
 lab_variant = "f32"
@@ -64,12 +69,6 @@ lab_variant = "f16"
 id = "q4_0"
 lab_variant = "q4_0"
 departure_class = "int4"
-[[stack]]
-id = "missing-turn"
-description = "the original weights under a rendering without the assistant's turn"
-departure = "template"
-rendering = "no-generation-prompt"
-lab_variant = "f16"
 [[hypothesis]]
 id = "no-generation-prompt"
 cause = "template"
@@ -78,6 +77,7 @@ lab_variant = "no-generation-prompt"
 # Of the lab's model.safetensors: bfloat16 holds the lab's originals exactly.
 SHA256 = "269d1636aaa7cae59018d0ca4eeaedf362d28446d89faff51d2e6ad265a7077f"
 PROBES, FORCED = 3, 1  # of each pool
+RENDERED = 2  # probes that are recorded under another rendering
 
 
 def copy_pool(name: str, folder: Path, every: int) -> None:
@@ -123,7 +123,7 @@ def test_a_build_goes_on_where_it_was_interrupted(spec: Path, tmp_path: Path, mo
 
     def failing(self: TrustedServer, prompts: Sequence[Prompt], wanted: Sequence[Wanted], top_k: int) -> list[Rows]:
         asked.append(tuple(prompt.probe_id for prompt in prompts))
-        if len(asked) == 4:
+        if len(asked) == 5:
             raise BundleError("the power failed", "Run the build again")
         return honest_score(self, prompts, wanted, top_k)
 
@@ -133,8 +133,8 @@ def test_a_build_goes_on_where_it_was_interrupted(spec: Path, tmp_path: Path, mo
     with pytest.raises(BundleError, match="the power failed"):
         build_it(spec, out, steps)
     assert not (out / "manifest.json").exists()
-    # Two shards of the reference (two probes each), and one of the second stack: nothing of them is lost.
-    assert steps == [("f32", 2, 4), ("f32", 4, 4), ("f16", 2, 4)]
+    # Three shards of the reference (two probes each), and one of the second stack: nothing of them is lost.
+    assert steps == [("f32", 2, 6), ("f32", 4, 6), ("f32", 6, 6), ("f16", 2, 4)]
     left = shutil.copytree(partial, tmp_path / "left")
     failed = asked[-1]
     again = len(asked)
@@ -145,33 +145,48 @@ def test_a_build_goes_on_where_it_was_interrupted(spec: Path, tmp_path: Path, mo
     build_it(spec, out)
     second = asked[again:]
     assert second[:2] == [asked[1], failed]
-    assert second[2:] == [asked[0], asked[1][:1], asked[0], asked[1][:1]]
+    # What stands under another rendering comes last; the forced text is not asked of every stack.
+    rendered = tuple(f"{probe_id}@no-generation-prompt" for probe_id in asked[0])
+    assert asked[2] == rendered
+    assert second[2:] == [asked[0], (asked[1][0], rendered[0]), rendered[1:]]
     assert not partial.exists(), "what is in the bundle is not kept twice"
     monkeypatch.setattr(TrustedServer, "score", honest_score)
 
     bundle = load_bundle(str(out))
     rows = len(bundle.row_probe)
-    assert len(bundle.manifest.probe_ids) == PROBES + FORCED
-    assert rows > PROBES + FORCED
-    assert bundle.logprobs_nats.shape == (4, rows, 64)
+    assert bundle.manifest.probe_ids == [*asked[0], *asked[1], *rendered]
+    assert len(bundle.manifest.probe_ids) == PROBES + FORCED + RENDERED
+    assert rows > PROBES + FORCED + RENDERED
+    assert bundle.logprobs_nats.shape == (3, rows, 64)
     assert (bundle.prompt_tokens[0] - bundle.prompt_tokens[1] == 4).all()
     assert np.nanmax(np.abs(bundle.logprobs_nats[1] - bundle.logprobs_nats[0])) < 0.2
+    # A probe under another rendering is a prompt of its own, with rows of its own.
+    for probe_id, other in zip(asked[0], rendered, strict=True):
+        assert bundle.prompt_of(other) == bundle.prompt_of(probe_id)[:-4]
+        assert (bundle.token_ids[bundle.row_index[other]] != bundle.token_ids[bundle.row_index[probe_id]]).any()
     # Only the pools that a stack was asked are filled, and the ends of the rows are tokens of their prompts.
-    forced = np.isin(bundle.row_probe, bundle.manifest.pools[1].probes)
-    assert np.isnan(bundle.logprobs_nats[2:, forced]).all()
-    assert np.isfinite(bundle.logprobs_nats[:2, forced, 0]).all()
-    assert np.isfinite(bundle.logprobs_nats[:3, ~forced, 0]).all()
-    # After another prompt the server's list need not hold the reference's tokens; the probe is used all the same.
-    assert np.isfinite(bundle.logprobs_nats[3, ~forced]).any()
-    assert bundle.usable_probe_ids == bundle.manifest.probe_ids[:PROBES]
+    official, forced, other_rendering = (np.isin(bundle.row_probe, pool.probes) for pool in bundle.manifest.pools)
+    for filled, empty in ((official | forced, other_rendering), (official | other_rendering, forced)):
+        values = bundle.logprobs_nats[1 if empty is other_rendering else 2]
+        assert np.isfinite(values[filled, 0]).all()
+        assert np.isnan(values[empty]).all()
+    assert np.isfinite(bundle.logprobs_nats[0, :, 0]).all()
+    assert bundle.usable_probe_ids == list(bundle.manifest.probe_ids[:PROBES])
+    rendered_pool = bundle.pool_at("L3", "no-generation-prompt")
+    assert rendered_pool is not None
+    assert bundle.usable_probes(rendered_pool) == list(rendered)
     assert (np.diff(bundle.logprobs_nats[0], axis=1) <= 0).all()
     stacks = bundle.manifest.stacks
-    assert [s.departure for s in stacks] == [None, None, "precision", "template"]
-    assert [s.variant for s in stacks] == [None, None, "q4_0", "missing-turn"]
-    assert [s.family for s in stacks] == ["llama.cpp/float32", *["llama.cpp/float16"] * 3]
+    assert [s.departure for s in stacks] == [None, None, "precision"]
+    assert [s.variant for s in stacks] == [None, None, "q4_0"]
+    assert [s.family for s in stacks] == ["llama.cpp/float32", *["llama.cpp/float16"] * 2]
     noise = [s.noise_nats or 0.0 for s in stacks]
     assert noise[0] < noise[1] < 0.02 < noise[2]
-    assert [s.pools for s in stacks] == [["small-pool", "small-forced"]] * 2 + [["small-pool"]] * 2
+    key = "small-pool@no-generation-prompt"
+    assert [pool.key for pool in bundle.manifest.pools] == ["small-pool", "small-forced", key]
+    assert [s.pools for s in stacks] == [
+        ["small-pool", "small-forced", key], ["small-pool", "small-forced"], ["small-pool", key],
+    ]  # fmt: skip
     assert bundle.manifest.licence is not None
     assert bundle.manifest.weights.files["model.safetensors"] == SHA256
     with pytest.raises(BundleError, match="already holds a bundle"):
@@ -180,12 +195,12 @@ def test_a_build_goes_on_where_it_was_interrupted(spec: Path, tmp_path: Path, mo
     shown = CliRunner().invoke(cli, ["reference", "show", str(out), "--json"], standalone_mode=False)
     document = json.loads(shown.stdout)
     assert [s["id"] for s in document["stacks"]] == ["f32", "f16"]
-    assert [s["id"] for s in document["variants"]] == ["q4_0", "missing-turn"]
+    assert [s["id"] for s in document["variants"]] == ["q4_0"]
     assert document["incomplete"] is None
     assert CliRunner().invoke(cli, ["reference", "verify", str(out)], standalone_mode=False).return_value == 0
 
     # What was computed before the failure is in the bundle as it was, and what was computed again is the same.
-    for stack, name in (("f32", "00000"), ("f32", "00001"), ("f16", "00000")):
+    for stack, name in (("f32", "00000"), ("f32", "00001"), ("f32", "00002"), ("f16", "00000")):
         with np.load(left / stack / f"{name}.npz") as shard:
             values = bundle.logprobs_nats[bundle.stack_index[stack], shard["rows"]]
             np.testing.assert_array_equal(values, shard["logprobs_nats"])
@@ -201,7 +216,8 @@ def test_a_part_may_be_built_but_nothing_is_judged_against_it(spec: Path) -> Non
     """A bundle may be merged from parts, so the build does not ask for what judging needs: the judge does."""
     text = spec.read_text()
     start = text.index('[[stack]]\nid = "q4_0"')
-    spec.write_text(text[:start] + text[text.index("[[hypothesis]]") :])
+    text = text[:start] + text[text.index("[[hypothesis]]") :]
+    spec.write_text(text.replace('["f32", "q4_0"]', '["f32", "f16"]'))
     assert [stack.id for stack in read_toml(Spec, spec).stack] == ["f32", "f16"]
     whole = load_bundle(EMBEDDED_NAME)
     honest = [stack for stack in whole.manifest.stacks if stack.departure is None]
@@ -219,15 +235,19 @@ def test_a_part_may_be_built_but_nothing_is_judged_against_it(spec: Path) -> Non
         ("lab = true", 'lab = true\nfolder = "x"', "name one of folder, repo"),
         ("lab = true", "", "name one of folder, repo"),
         ('lab_variant = "q4_0"', 'lab_variant = "q9"', "the lab has no variant 'q9'"),
-        ('lab_variant = "f16"\n[[hyp', 'lab_variant = "q9"\n[[hyp', "the lab has no variant 'q9'"),
-        ('lab_variant = "q4_0"', 'lab_variant = "no-template"', "a template is named by `rendering`"),
-        ('rendering = "no-generation-prompt"', 'rendering = "none"', "there is no hypothesis 'none'"),
+        ('lab_variant = "no-gen', 'lab_variant = "q9-', "the lab has no template variant 'q9-eration-prompt'"),
+        ('lab_variant = "q4_0"', 'lab_variant = "no-template"', "a template is a hypothesis, not a stack: name it in a pool's `renderings`"),
+        ('renderings = ["no-generation-prompt"]', 'renderings = ["none"]', "there is no hypothesis 'none'"),
+        ('renderings = ["no-generation-prompt"]', 'renderings = ["official"]', "a pool stands twice"),
+        ('renderings = ["no-generation-prompt"]', "renderings = []", "pool.2.renderings"),
+        ('name = "small-pool"\n[[', 'name = "small-pool"\nfirst = 2\n[[', "the official rendering is recorded whole"),
+        ('name = "small-forced"', 'name = "small-forced"\nrenderings = ["no-generation-prompt"]', "it is not recorded under the official rendering"),
         ('id = "f16"', 'id = "f32"', "a stack stands twice"),
         ('id = "f16"', 'id = "../f16"', "stack.1.id"),
         ('only_on = ["f32", "f16"]', 'only_on = ["f16"]', "the reference 'f32' is missing"),
         ('only_on = ["f32", "f16"]', 'only_on = ["f32", "x"]', "there is no stack 'x'"),
         ('[[stack]]\nid = "f32"\nlab_variant = "f32"', '[[stack]]\nid = "f32"\nlab_variant = "q8_0"', "the first stack is the reference"),
-        ('departure = "template"\n', "", "departs from the official one: name the departure"),
+        ('lab_variant = "f16"', 'description = "x"\nlocal = { weights = "int8" }', "depart from the original: name the departure"),
         ("top_k = 64", "top_k = 5", "top_k"),
         ("reference-spec/3", "reference-spec/1", "schema"),
     ],
@@ -271,16 +291,35 @@ def test_the_embedded_bundle_is_what_its_spec_says(embedded: Bundle) -> None:
     manifest = embedded.manifest
     assert [s.id for s in manifest.stacks] == [s.id for s in spec.stack]
     assert [s.departure for s in manifest.stacks] == [s.departs for s in spec.stack]
-    assert [s.rendering for s in manifest.stacks] == [s.rendering for s in spec.stack]
     assert [h.id for h in manifest.hypotheses] == ["official", *(h.id for h in spec.hypothesis)]
     for stack in manifest.stacks:
-        assert stack.pools == [p.name for p in spec.pool if p.only_on is None or stack.id in p.only_on]
+        asked = [p for p in spec.pool if p.only_on is None or stack.id in p.only_on]
+        official = [p.name for p in asked if p.is_official]
+        assert stack.pools == official + [f"{p.name}@{r}" for p in asked if not p.is_official for r in p.renderings]
+    for table in spec.pool:
+        for rendering in table.renderings:
+            pool = next(p for p in manifest.pools if (p.id, p.rendering) == (table.name, rendering))
+            assert table.first in (None, len(pool.probes))
     assert (manifest.id, manifest.version, manifest.top_k) == (spec.id, spec.version, spec.top_k)
     assert manifest.weights.files["model.safetensors"] == spec.weights.files["model.safetensors"]
     assert manifest.licence is not None
     assert [ask.quote for ask in manifest.licence.asks] == [
         ask.quote for ask in (spec.licence.asks if spec.licence else [])
     ]
+
+
+def test_every_rendering_is_recorded_for_the_prompt_and_for_the_weights(embedded: Bundle) -> None:
+    """So that whatever is served under it can be judged: the reference, two honest grids, and what is most often served."""
+    hypotheses = [h.id for h in embedded.manifest.hypotheses]
+    assert len(hypotheses) == 17
+    for rendering in hypotheses[1:]:
+        prompts, weights = embedded.pool_at("prompt", rendering), embedded.pool_at("L3", rendering)
+        assert prompts is not None
+        assert weights is not None
+        assert (len(prompts.probes), len(weights.probes)) == (10, 64)
+        recorded = {s.id for s in embedded.manifest.stacks if weights.key in s.pools}
+        assert {"hf-float32", "hf-bfloat16", "int8", "fp8-e4m3", "int4-g64", "nf4-g64", "llamacpp-q4_0"} <= recorded
+        assert unfit_to_judge(embedded, "L3", rendering) is None
 
 
 def test_honest_stacks_are_many_and_of_several_families(embedded: Bundle) -> None:

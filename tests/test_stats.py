@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from weighbridge.judge.library import build_library
+from weighbridge.judge.opening import open_case
 from weighbridge.judge.policy import load_policy
-from weighbridge.judge.verdict import judge, open_case
+from weighbridge.judge.verdict import judge
 from weighbridge.plan import make_plan
 from weighbridge.records import (
     Capability,

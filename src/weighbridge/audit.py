@@ -10,17 +10,19 @@ from weighbridge.canonical import sha256_hex
 from weighbridge.capability import next_capability_request, read_capability, sampling_of
 from weighbridge.collect import Budget, Collector, WaitTooLongError, is_transient
 from weighbridge.dialects import DIALECTS
+from weighbridge.dialects.routes import LISTING, RECORDS, listing_path, record_path
 from weighbridge.errors import BundleError
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.reasoning import reasons
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_library
 from weighbridge.judge.opening import open_case
-from weighbridge.judge.verdict import is_decided, is_decided_raw, judge, useful_probes
+from weighbridge.judge.verdict import control_of, is_decided, is_decided_raw, judge, useful_probes
 from weighbridge.keys import Key
 from weighbridge.observe import observe
 from weighbridge.plan import check_draw, worst_case_tokens
 from weighbridge.records import (
     Capability,
+    ControlKind,
     Endpoint,
     Exchange,
     Findings,
@@ -37,6 +39,7 @@ from weighbridge.transport import Transport
 
 COUNTED_WITHOUT_LOGPROBS = 10  # probes that are sent for their token counts alone, where nothing else is
 MOST_FAILURES_IN_A_ROW = 3
+RECORD_WAIT_S = 2.5  # a router writes its record of an answer some seconds after the answer
 _REFUSALS = frozenset({"http_401", "http_402", "http_403", "http_404", "redirect", "unknown_host", "tls"})
 # One probe may be forbidden or lost by itself; these concern all of them.
 _REFUSES_EVERYTHING = frozenset({"http_401", "http_402", "redirect", "unknown_host", "tls"})
@@ -81,6 +84,9 @@ class Auditor:
             self._attempts.setdefault(exchange.sent.request_id, []).append(exchange)
         self._seen: dict[str, Observation] = {}
         self._budget = Budget(endpoint.limits, endpoint.price)
+        for name in plan.route_requests:
+            for _ in self._attempts.get(name, []):
+                self._budget.reserve(0, 0)
         for request in plan.requests:
             attempts = self._attempts.get(request.request_id, [])
             for _ in attempts:
@@ -104,18 +110,56 @@ class Auditor:
         return because
 
     async def _all(self, collector: Collector) -> str:
-        """What is exposed, what becomes of the prompt, the weights, and what becomes of sampling parameters."""
+        """Who is listed, what is exposed, what becomes of the prompt, the weights, and what becomes of sampling parameters."""
+        if self._plan.endpoint.on_openrouter:
+            await self._listing(collector)
         because = await self._capability(collector)
         if because is not None:
             return because
+        await self._listing(collector)
         because = await self._each(collector, self._plan.prompt_requests)
         if because is not None:
             return because
         because = await self._probes(collector)
         if because in FINAL_REASONS:
+            await self._records(collector)
             because = await self._raw_probes(collector) or because
             because = await self._sampling(collector) or because
         return because
+
+    async def _listing(self, collector: Collector) -> None:
+        """Ask for the listing, once: a router before anything else, another host as soon as it has answered anything."""
+        if LISTING in self._plan.route_requests:
+            await self._look_up(collector, LISTING, listing_path(self._plan.endpoint), tries=1)
+
+    async def _records(self, collector: Collector) -> None:
+        """Ask a router for its records of a few answers; the last ones are too young to have any."""
+        plan = self._plan
+        before = [r.request_id for r in (*plan.capability_requests, *plan.prompt_requests, *plan.probe_requests)]
+        seen = [self._seen[name] for name in before if name in self._seen]
+        ids = list(dict.fromkeys(o.answer_id for o in seen if o.answer_id is not None))
+        chosen = dict.fromkeys(ids[n * len(ids) // len(RECORDS)] for n in range(len(RECORDS))) if ids else {}
+        for name, answer_id in zip(RECORDS, chosen, strict=False):
+            if name not in plan.route_requests:
+                return
+            status = await self._look_up(collector, name, record_path(answer_id), tries=2, missing_wait_s=RECORD_WAIT_S)
+            if status != 200:
+                return
+
+    async def _look_up(
+        self, collector: Collector, request_id: str, path: str, *, tries: int, missing_wait_s: float | None = None
+    ) -> int | None:
+        """Ask the host about itself and return the status; whatever comes back is data, stops nothing and is not asked again."""
+        attempts = self._attempts.get(request_id, [])
+        if all(attempt.received.failure == "interrupted" for attempt in attempts):
+            try:
+                attempts, _ = await collector.send(
+                    request_id, path, None, (0, 0), attempts, tries=tries, missing_wait_s=missing_wait_s
+                )
+            except WaitTooLongError:
+                return None
+            self._attempts[request_id] = attempts
+        return attempts[-1].received.status if attempts else None
 
     async def _each(self, collector: Collector, requests: list[PlannedRequest]) -> str | None:
         """Send all of some requests; returns why that was not possible."""
@@ -294,9 +338,19 @@ def judge_run(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings,
         stopped_because=stopped.because if stopped is not None else "interrupted",
         all_observations=list(observations.values()),
         observations_sha256=observations_sha256,
+        controls=[
+            control_of(kind, control.plan().endpoint.name, judge_run(control, bundle)[2])
+            for kind, control in controls_of(folder)
+        ],
     )
     folder.write_judgement(findings, verdict)
     return plan, findings, verdict
+
+
+def controls_of(folder: RunFolder) -> list[tuple[ControlKind, RunFolder]]:
+    """The runs of endpoints whose truth is known, which lie in a run's own folder."""
+    kinds: tuple[ControlKind, ...] = ("honest", "altered")
+    return [(kind, RunFolder(folder.path / "controls" / kind)) for kind in kinds if (folder.path / "controls" / kind).is_dir()]
 
 
 def _library(bundle: Bundle, plan: Plan, capability: Capability) -> Library:

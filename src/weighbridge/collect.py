@@ -94,20 +94,27 @@ class Collector:
         self,
         request_id: str,
         path: str,
-        body: dict[str, Any],
+        body: dict[str, Any] | None,
         worst_case_tokens: tuple[int, int],
         earlier: list[Exchange],
+        *,
+        tries: int = MAX_ATTEMPTS,
+        missing_wait_s: float | None = None,
     ) -> tuple[list[Exchange], str | None]:
         """Send one request until it is answered or refused, or attempts or budget run out.
 
         Parameters
         ----------
         request_id, path, body
-            What is sent where.
+            What is sent where; without a body it is a GET.
         worst_case_tokens : tuple of int
             Prompt and completion tokens, for the budget.
         earlier : list of Exchange
             Attempts of this request before a crash.
+        tries : int
+            Attempts that are made at most.
+        missing_wait_s : float, optional
+            How long to wait before another attempt at what is not there yet; by default a 404 is an answer.
 
         Returns
         -------
@@ -130,17 +137,20 @@ class Collector:
                 request_id=request_id,
                 attempt=len(attempts) + 1,
                 sent_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                body=body,
+                method="POST" if body is not None else "GET",
+                path=path,
+                body=body or {},
             )
             self._log.append(sent)
-            reply = await self._transport.post(path, body)
+            reply = await (self._transport.get(path) if body is None else self._transport.post(path, body))
             received = _received(sent, reply, self._key)
             self._log.append(received)
             attempts.append(Exchange(sent=sent, received=received))
             tried = sum(a.received.failure != "interrupted" for a in attempts)
-            if not is_transient(received) or tried >= MAX_ATTEMPTS:
+            missing_s = missing_wait_s if received.status == 404 else None
+            if (missing_s is None and not is_transient(received)) or tried >= tries:
                 return attempts, None
-            wait_s = _wait_s(received, tried)
+            wait_s = missing_s if missing_s is not None else _wait_s(received, tried)
             if wait_s > LONGEST_WAIT_S:
                 raise WaitTooLongError(wait_s)
             await asyncio.sleep(wait_s)

@@ -8,6 +8,7 @@ from pathlib import Path
 from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, sha256_hex
 from weighbridge.capability import capability_requests
+from weighbridge.dialects.routes import route_requests
 from weighbridge.errors import BundleError, ConfigurationError, RunFolderError
 from weighbridge.probes import Level, Pool, draw, load_pool
 from weighbridge.records import (
@@ -142,6 +143,7 @@ def make_plan(
     run_id = secrets.token_hex(8)
     sampling = sampling_requests(bundle, run_id)
     capability = capability_requests()
+    route = route_requests(endpoint)
     return Plan(
         weighbridge_version=__version__,
         run_id=run_id,
@@ -154,11 +156,12 @@ def make_plan(
         level=level,
         fleet_size=fleet_size,
         draw=Draw(seed=seed, commitment=_commitment(seed, identity, bundle.identity if bundle else None, policy)),
+        route_requests=route,
         capability_requests=capability,
         prompt_requests=prompts,
         probe_requests=probes,
         sampling_requests=sampling,
-        estimate=_estimate(endpoint, bundle, [*capability, *prompts, *sampling], probes),
+        estimate=_estimate(endpoint, bundle, len(route), [*capability, *prompts, *sampling], probes),
     )
 
 
@@ -176,7 +179,9 @@ def check_draw(plan: Plan, bundle: Bundle) -> None:
         _prompt_requests(bundle),
         sampling_requests(bundle, plan.run_id),
     )
-    if [r.probe.id for r in plan.probe_requests] != drawn or plan.draw.commitment != committed or not fixed:
+    # A plan without probes, as a doctor's, says nothing of the weights.
+    as_drawn = not plan.probe_requests or [r.probe.id for r in plan.probe_requests] == drawn
+    if not as_drawn or plan.draw.commitment != committed or not fixed:
         raise RunFolderError(
             "the plan's probes are not the draw of its seed", "A run whose plan was changed cannot be judged"
         )
@@ -223,15 +228,15 @@ def _path_to_remember(bundle: Bundle | None) -> str | None:
 
 
 def _estimate(
-    endpoint: Endpoint, bundle: Bundle | None, fixed: list[PlannedRequest], probes: list[PlannedRequest]
+    endpoint: Endpoint, bundle: Bundle | None, free: int, fixed: list[PlannedRequest], probes: list[PlannedRequest]
 ) -> Estimate:
-    """The most that can be sent: what is always asked, and then probes until the limit."""
-    requests = min(endpoint.limits.max_requests, len(fixed) + len(probes))
-    first = fixed[:requests]
+    """The most that can be sent: so many that cost no tokens, what is always asked, and then probes until the limit."""
+    requests = min(endpoint.limits.max_requests, free + len(fixed) + len(probes))
+    first = fixed[: max(0, requests - free)]
     tokens = sum(worst_case_tokens(request)[0] for request in first)
     completion = sum(worst_case_tokens(request)[1] for request in first)
     if bundle is not None:
-        sent = probes[: requests - len(first)]
+        sent = probes[: max(0, requests - free - len(first))]
         tokens += int(sum(bundle.prompt_tokens[0, bundle.probe_index[request.probe.id]] for request in sent))
         completion += sum(request.max_tokens for request in sent)
     cost = endpoint.price.cost_usd(tokens, completion) if endpoint.price else None

@@ -5,6 +5,7 @@ Every file of a run folder holds records of this module; each carries the name a
 
 import base64
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -25,6 +26,10 @@ Cause = Literal[
 LogprobLevel = Literal["L1", "L2", "L3"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+_PROVIDER_SLUG = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?$"
+_AUTHOR_AND_SLUG = re.compile(r"[a-z0-9~][a-z0-9._:~-]*/[a-z0-9][a-z0-9._:~-]*", re.IGNORECASE | re.ASCII)
+# What an answer may be called, if its name is to stand in a URL.
+ANSWER_ID = r"^[A-Za-z0-9_-]{1,100}$"
 
 
 class Record(BaseModel):
@@ -72,6 +77,15 @@ class Endpoint(Record):
     base_url: str = Field(max_length=2000)
     model: str = Field(min_length=1, max_length=300)
     dialect: Literal["openai-chat"] = "openai-chat"
+    router: Literal["openrouter"] | None = Field(
+        default=None, description="the router behind base_url; known without this where the host is openrouter.ai"
+    )
+    provider: str | None = Field(
+        default=None,
+        max_length=100,
+        pattern=_PROVIDER_SLUG,
+        description="the slug of the provider that a router such as OpenRouter is to ask, and no other one",
+    )
     reference: str | None = None
     policy: str = "strict"
     claimed_precision: str | None = Field(default=None, max_length=100)
@@ -117,6 +131,25 @@ class Endpoint(Record):
         if self.limits.max_cost_usd is not None and self.price is None:
             raise ValueError("limits.max_cost_usd needs [price], so that a cost can be known before it is spent")
         return self
+
+    @model_validator(mode="after")
+    def _routed_plainly(self) -> Self:
+        if self.provider is not None and "provider" in self.extra_body:
+            raise ValueError("extra_body must not hold provider where provider is set; remove it there")
+        if self.on_openrouter and not _AUTHOR_AND_SLUG.fullmatch(self.model):
+            raise ValueError("model must be author/slug on OpenRouter, such as qwen/qwen3-8b")
+        return self
+
+    @property
+    def on_openrouter(self) -> bool:
+        """Whether it is OpenRouter that passes requests on."""
+        host = urlsplit(self.base_url).hostname or ""
+        return self.router == "openrouter" or host == "openrouter.ai" or host.endswith(".openrouter.ai")
+
+    @property
+    def unpinned(self) -> bool:
+        """Whether a router chooses, request by request, who answers."""
+        return self.on_openrouter and self.provider is None
 
     @property
     def origin(self) -> str:
@@ -253,6 +286,9 @@ class Plan(Record):
     draw: Draw
     level: LogprobLevel = "L3"
     fleet_size: int = Field(default=1, ge=1, description="how many endpoints are judged together")
+    route_requests: list[str] = Field(
+        default_factory=list, description="what the host is asked by GET of itself: its listing, records of answers"
+    )
     capability_requests: list[PlannedRequest]
     prompt_requests: list[PlannedRequest] = Field(default_factory=list, description="what becomes of a prompt")
     probe_requests: list[PlannedRequest] = Field(description="the weights; sent until the question is answered")
@@ -299,7 +335,9 @@ class Sent(Record):
     request_id: str
     attempt: int
     sent_at: str
-    body: dict[str, Any]
+    method: Literal["POST", "GET"] = "POST"
+    path: str | None = Field(default=None, description="and query, relative to the base URL")
+    body: dict[str, Any] = Field(default_factory=dict, description="empty for a GET")
 
 
 class Received(Record):
@@ -345,10 +383,42 @@ class Position(Record):
     top: list[TopToken]
 
 
+class ListedEndpoint(Record):
+    """One endpoint of a router's listing, in the host's own words: this is the claim."""
+
+    provider_name: str | None
+    tag: str | None = Field(description="the provider's slug, and often a variant of it after a slash")
+    quantization: str | None
+    context_length: int | None
+    supported_parameters: list[str]
+    prices: dict[str, str] = Field(description="in US dollars, as they are listed")
+
+
+class Listing(Record):
+    """What a host lists: on a router who serves the model, elsewhere its models."""
+
+    endpoints: list[ListedEndpoint] | None = None
+    models: int | None = None
+    names_model: bool | None = Field(default=None, description="whether the claimed model is among them")
+
+
+class AnswerRecord(Record):
+    """A router's own record of one answer."""
+
+    answer_id: str
+    provider_named: str | None
+    model_named: str | None
+    native_prompt_tokens: int | None
+    native_completion_tokens: int | None
+    native_finish_reason: str | None
+    total_cost_usd: Finite | None
+    provider_responses: int | None = Field(description="how many attempts at providers there were")
+
+
 class Observation(Record):
     """The flat facts read from the last attempt of one request.
 
-    ``top`` is the list of the first generated token and ``drawn`` that token; ``positions`` holds one list for each generated token
+    ``listing`` and ``record`` are read from what was asked by GET, everything else from answers of the model. ``top`` is the list of the first generated token and ``drawn`` that token; ``positions`` holds one list for each generated token
     where more than one was asked for, or one for each token of the prompt where its logprobs were. ``raw`` answers are those to the
     reference's own tokens.
     """
@@ -362,6 +432,7 @@ class Observation(Record):
     status: int | None = None
     attempts: int
     latency_s: Finite
+    answer_id: str | None = Field(default=None, pattern=ANSWER_ID)
     model_named: str | None = None
     provider_named: str | None = None
     fingerprint: str | None = None
@@ -380,6 +451,8 @@ class Observation(Record):
     nameless: int = Field(default=0, description="tokens of that list that are special and have no name, beyond one")
     positions: list[Position] | None = None
     quirks: list[str] = Field(default_factory=list)
+    listing: Listing | None = None
+    record: AnswerRecord | None = None
 
     model_config = Record.model_config | {"populate_by_name": True}
 
@@ -448,6 +521,20 @@ class Findings(Record):
     model_config = Record.model_config | {"populate_by_name": True}
 
 
+ControlKind = Literal["honest", "altered"]
+
+
+class Control(Record):
+    """An endpoint whose truth is known, audited the same night through the same client, and what came out."""
+
+    kind: ControlKind
+    endpoint: str
+    verdict: VerdictWord
+    cause: Cause | None
+    as_expected: bool
+    sentence: str
+
+
 class Verdict(Record):
     """What the findings together say under a policy."""
 
@@ -472,6 +559,7 @@ class Verdict(Record):
     stopped_because: str
     endpoint_refused: bool
     observations_sha256: str
+    controls: list[Control] = Field(default_factory=list, description="where one is not as expected, the night is void")
 
     model_config = Record.model_config | {"populate_by_name": True}
 

@@ -11,6 +11,7 @@ import socket
 import ssl
 import time
 import zlib
+from collections.abc import Awaitable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -169,12 +170,19 @@ class Transport:
 
     async def post(self, path: str, body: dict[str, Any]) -> Reply:
         """POST a JSON body once, without retries, and return what happened."""
+        return await self._once(self._client.post(path, cast_to=httpx2.Response, body=body))
+
+    async def get(self, path: str) -> Reply:
+        """GET a path, with its query as it is to be sent, once, without retries, and return what happened."""
+        return await self._once(self._client.get(path, cast_to=httpx2.Response))
+
+    async def _once(self, exchange: Awaitable[httpx2.Response]) -> Reply:
         reply = Reply()
         _current.set(reply)
         started = time.perf_counter()
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._client.post(path, cast_to=httpx2.Response, body=body)
+                await exchange
         except TimeoutError:
             reply.failure, reply.failure_detail = "timeout", f"no complete answer within {self._timeout_s:g} s"
         except (openai.APIStatusError, openai.APIResponseValidationError, json.JSONDecodeError):

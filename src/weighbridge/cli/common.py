@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from weighbridge.audit import Progress as AuditProgress
-from weighbridge.audit import judge_run
-from weighbridge.errors import ConfigurationError
+from weighbridge.audit import collect_run, controls_of, judge_run
+from weighbridge.errors import ConfigurationError, RunFolderError
+from weighbridge.keys import key_for
 from weighbridge.records import Endpoint, Findings, LogprobLevel, Plan, Verdict, checked, read_toml
 from weighbridge.reference.bundle import Bundle, load_bundle
 from weighbridge.report.document import make_report, report_json, write_report_json
@@ -146,6 +147,25 @@ def progress_bar(label: str) -> Iterator[Callable[[AuditProgress], None]]:
         yield lambda progress: bar.update(
             task, completed=progress.requests, total=progress.planned, state=state(progress)
         )
+
+
+def collect_controls(folder: RunFolder, bundle: Bundle | None) -> None:
+    """Collect what is still missing of a run's controls, which this user started.
+
+    Raises
+    ------
+    RunFolderError
+        If a control's plan is not this user's own: nothing of a stranger's file decides where a key goes.
+    """
+    for kind, control in controls_of(folder):
+        plan = control.plan()
+        if not control.is_own(plan):
+            raise RunFolderError(
+                f"the {kind} control of {folder.path} was not started by you, or its plan was changed", "Audit again"
+            )
+        with progress_bar(f"{kind} control {plan.endpoint.name}") as onlooker:
+            key = key_for(plan.endpoint.api_key_env, plan.endpoint.origin)
+            collect_run(control, plan, plan.endpoint, bundle, key, onlooker)
 
 
 def judge_and_report(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings, Verdict]:

@@ -5,7 +5,15 @@ from pathlib import Path
 import click
 
 from weighbridge.audit import bundle_of, collect_run, exit_code
-from weighbridge.cli.common import fail_on_option, json_option, judge_and_report, progress_bar, show_run, talk
+from weighbridge.cli.common import (
+    collect_controls,
+    fail_on_option,
+    json_option,
+    judge_and_report,
+    progress_bar,
+    show_run,
+    talk,
+)
 from weighbridge.errors import RunFolderError
 from weighbridge.keys import key_for
 from weighbridge.records import Endpoint, checked
@@ -56,6 +64,7 @@ def resume_command(
     try:
         with progress_bar(endpoint.name) as onlooker:
             collect_run(folder, plan, endpoint, bundle, key, onlooker)
+        collect_controls(folder, bundle)
     except KeyboardInterrupt:
         talk.print(f"interrupted; go on with: weighbridge resume {run}", markup=False, highlight=False, soft_wrap=True)
         return 130

@@ -1,12 +1,12 @@
 """OpenAI-style chat completions, and completions of token ids."""
 
-import base64
-import json
 import math
+import re
 import sys
 from typing import Any
 
-from weighbridge.records import Endpoint, Exchange, Observation, PlannedRequest, Position, Received, TopToken
+from weighbridge.dialects.reading import MAX_TEXT, body_text, bounded, count, parsed, read_object, without_error
+from weighbridge.records import ANSWER_ID, Endpoint, Exchange, Observation, PlannedRequest, Position, TopToken
 
 NAMELESS = ""  # stands for a special token, which servers list without text and without bytes
 _MOST_NAMELESS = 3  # a list with more of them does not name its tokens at all
@@ -14,11 +14,13 @@ SMALLEST_LOG_PROBABILITY = -600.0  # a probability of 0 says that nothing is kno
 SENTINEL_NATS = -9998.0  # servers write -9999 for "outside the list"; no logprob of a listed token is that small
 # The replacement character, and how tokenizers write a space, a newline and a tab in their inner alphabets.
 _NOT_A_NAME = tuple(mark.encode() for mark in "\ufffdĠĊĉ▁")
-_MAX_TEXT = 200
 _MAX_TOP = 10_000
 _MAX_POSITIONS = 4096
 _MAX_EVENTS = 100_000
 _MAX_GENERATED = 2000  # characters of a text that are kept
+_ANSWER_ID = re.compile(ANSWER_ID)
+# The precisions that OpenRouter has words for, of those that a provider may say it serves.
+_QUANTIZATIONS = ("int4", "int8", "fp4", "mxfp4", "nvfp4", "fp6", "fp8", "mxfp8", "fp16", "bf16", "fp32")
 
 
 class OpenAIChat:
@@ -52,7 +54,7 @@ class OpenAIChat:
         }
         if request.raw:
             body["prompt"] = prompt_ids
-            return body | {"logprobs": top_logprobs} | endpoint.extra_body
+            return body | {"logprobs": top_logprobs} | endpoint.extra_body | _pinned(endpoint)
         body["messages"] = [message.model_dump() for message in request.probe.messages]
         if request.probe.tools is not None:
             body["tools"] = request.probe.tools
@@ -61,7 +63,7 @@ class OpenAIChat:
         if request.forced:
             # As vLLM and SGLang name them: the last message is gone on with, and the prompt's own logprobs are returned.
             body |= {"prompt_logprobs": top_logprobs, "continue_final_message": True, "add_generation_prompt": False}
-        return body | request.settings | endpoint.extra_body
+        return body | request.settings | endpoint.extra_body | _pinned(endpoint)
 
     def observe(self, probe_id: str, attempts: list[Exchange]) -> Observation:
         """Read the last attempt. Whatever the endpoint sent, this returns an observation and never raises."""
@@ -74,56 +76,24 @@ class OpenAIChat:
             "status": last.status,
             "raw": "messages" not in attempts[-1].sent.body,
         }
-        if last.failure is not None:
-            return Observation(**facts, answered=False, fault=last.failure, fault_detail=_text(last.failure_detail))
-        raw = _body(last)
-        if last.status is not None and 300 <= last.status < 400:
-            where = _text(last.headers.get("location", "nowhere"))
-            return Observation(
-                **facts,
-                answered=False,
-                fault="redirect",
-                fault_detail=f"redirects to {where}; redirects are never followed",
-            )
-        document, fault = _parse(raw)
-        if last.status == 200 and raw.lstrip().startswith("data:"):
-            document, fault = _from_stream(raw), None
+        document, fault, detail = read_object(last)
+        # A stream may begin with a comment, as OpenRouter's do.
+        if fault == "not_json" and body_text(last).lstrip().startswith(("data:", ": ")):
+            document, fault, detail = without_error(_from_stream(body_text(last)))
             facts["streamed"] = True
-        if last.status != 200:
-            detail = _error_message(document) or _text(raw.strip()) or "no explanation"
-            return Observation(**facts, answered=False, fault=f"http_{last.status}", fault_detail=detail)
         if fault is not None:
-            return Observation(
-                **facts, answered=False, fault=fault, fault_detail=f"the answer begins {raw.strip()[:60]!r}"
-            )
-        if not isinstance(document, dict):
-            return Observation(
-                **facts, answered=False, fault="not_an_object", fault_detail="the answer is not a JSON object"
-            )
-        if document.get("error"):
-            return Observation(
-                **facts,
-                answered=False,
-                fault="error_object",
-                fault_detail=_error_message(document) or "an error object",
-            )
+            return Observation(**facts, answered=False, fault=fault, fault_detail=detail)
         return _answer(facts, document, attempts[-1].sent.body)
 
 
-def _body(received: Received) -> str:
-    if received.body_text is not None:
-        return received.body_text
-    return base64.b64decode(received.body_base64 or "").decode("utf-8", "replace")
-
-
-def _parse(raw: str) -> tuple[Any, str | None]:
-    try:
-        return json.loads(raw), None
-    except (ValueError, RecursionError):
-        text = raw.lstrip()
-        if text.startswith("<"):
-            return None, "html"
-        return None, "truncated_json" if text.startswith(("{", "[")) else "not_json"
+def _pinned(endpoint: Endpoint) -> dict[str, Any]:
+    """What tells a router to ask one provider, to ask no other one in its place, and to drop no parameter."""
+    if endpoint.provider is None:
+        return {}
+    provider: dict[str, Any] = {"only": [endpoint.provider], "allow_fallbacks": False, "require_parameters": True}
+    if endpoint.claimed_precision in _QUANTIZATIONS:
+        provider["quantizations"] = [endpoint.claimed_precision]
+    return {"provider": provider}
 
 
 def _from_stream(raw: str) -> dict[str, Any]:
@@ -132,10 +102,10 @@ def _from_stream(raw: str) -> dict[str, Any]:
     texts: list[str] = []
     content: list[Any] = []
     choice: dict[str, Any] = {}
-    for line in raw.splitlines()[:_MAX_EVENTS]:
+    for line in re.split(r"[\r\n]+", raw)[:_MAX_EVENTS]:
         if not line.startswith("data:") or line.removeprefix("data:").strip() == "[DONE]":
             continue
-        event, _ = _parse(line.removeprefix("data:"))
+        event, _ = parsed(line.removeprefix("data:"))
         if not isinstance(event, dict):
             continue
         if event.get("error"):
@@ -155,36 +125,19 @@ def _from_stream(raw: str) -> dict[str, Any]:
     return document
 
 
-def _error_message(document: Any) -> str | None:
-    error = document.get("error") if isinstance(document, dict) else None
-    if isinstance(error, dict):
-        error = error.get("message") or error.get("code")
-    return _text(str(error)) if error else None
-
-
-def _text(value: Any) -> str | None:
-    """A string as it may be shown: bounded, and without control characters that would steer a terminal."""
-    if not isinstance(value, str):
-        return None
-    return "".join(c if c.isprintable() else "\ufffd" for c in value[:_MAX_TEXT])
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9 else None
-
-
 def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, Any]) -> Observation:
     usage = document.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     details, spent = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
     facts |= {
-        "reasoning_tokens": _count(spent.get("reasoning_tokens")) if isinstance(spent, dict) else None,
-        "model_named": _text(document.get("model")),
-        "provider_named": _text(document.get("provider")),
-        "fingerprint": _text(document.get("system_fingerprint")),
-        "prompt_tokens": _count(usage.get("prompt_tokens")),
-        "completion_tokens": _count(usage.get("completion_tokens")),
-        "cached_tokens": _count(details.get("cached_tokens")) if isinstance(details, dict) else None,
+        "reasoning_tokens": count(spent.get("reasoning_tokens")) if isinstance(spent, dict) else None,
+        "answer_id": _answer_id(document.get("id")),
+        "model_named": bounded(document.get("model")),
+        "provider_named": bounded(document.get("provider")),
+        "fingerprint": bounded(document.get("system_fingerprint")),
+        "prompt_tokens": count(usage.get("prompt_tokens")),
+        "completion_tokens": count(usage.get("completion_tokens")),
+        "cached_tokens": count(details.get("cached_tokens")) if isinstance(details, dict) else None,
     }
     choices = document.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -194,7 +147,7 @@ def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, An
     message = message if isinstance(message, dict) else {"content": choice.get("text")}
     text = message.get("content")
     facts |= {
-        "finish_reason": _text(choice.get("finish_reason")),
+        "finish_reason": bounded(choice.get("finish_reason")),
         "choices": len(choices),
         "text": text[:_MAX_GENERATED].encode("utf-8", "replace").decode() if isinstance(text, str) else None,
         "shows_reasoning": any(
@@ -229,6 +182,11 @@ def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, An
             quirks=quirks,
         )
     return Observation(**facts, answered=True, top=top, positions=positions, quirks=quirks)
+
+
+def _answer_id(value: Any) -> str | None:
+    """What an answer is called, where that can stand in a URL."""
+    return value if isinstance(value, str) and _ANSWER_ID.fullmatch(value) else None
 
 
 def _legacy_lists(logprobs: dict[str, Any]) -> Any:
@@ -351,14 +309,14 @@ def _token_bytes(entry: dict[str, Any], quirks: set[str]) -> str | None:
     if isinstance(text, str) and text.startswith("token_id:"):
         return None
     if isinstance(listed, list) and listed:
-        if len(listed) > _MAX_TEXT or not all(
+        if len(listed) > MAX_TEXT or not all(
             isinstance(b, int) and not isinstance(b, bool) and 0 <= b <= 255 for b in listed
         ):
             return None
         raw = bytes(listed)
     elif text == "":
         return NAMELESS
-    elif isinstance(text, str) and len(text) <= _MAX_TEXT:
+    elif isinstance(text, str) and len(text) <= MAX_TEXT:
         try:
             raw = text.encode("utf-8")
         except UnicodeEncodeError:

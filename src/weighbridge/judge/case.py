@@ -1,6 +1,6 @@
 """What every check reads, and the shape of a check."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from weighbridge.judge.answers import Residuals
@@ -18,6 +18,8 @@ class Case:
     ----------
     plan, capability
         What was decided, and what the endpoint exposes.
+    route, capability_answers : list of Observation
+        What the host says of itself, and answers to the capability calls.
     answers, prompt_answers, raw_answers : list of Observation
         Of the weights' probes in the order of the draw, of the probes that tell what becomes of a prompt, and of the
         weights' probes that were sent as tokens.
@@ -53,6 +55,8 @@ class Case:
     mixed: bool = False
     raw_residuals: Residuals | None = None
     raw_evidence: WeightEvidence | None = None
+    route: list[Observation] = field(default_factory=list)
+    capability_answers: list[Observation] = field(default_factory=list)
 
     @property
     def observed(self) -> list[Observation]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from weighbridge.judge.answers import Residuals, line_up
 from weighbridge.judge.case import Case
-from weighbridge.judge.checks.weights import differs_after, is_consistent, is_mixed, nearest
+from weighbridge.judge.checks.weights import differs_after, is_mixed, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
 from weighbridge.judge.renderings import has_system, read_prompt
 from weighbridge.judge.sizes import WeightEvidence, weigh
@@ -42,6 +42,7 @@ def open_case(plan: Plan, capability: Capability, observations: Iterable[Observa
     case = Case(
         plan=plan, capability=capability, answers=answers, library=library, residuals=None, evidence=None, prompt_answers=prompt_answers,
         raw_answers=raw_answers, sampling=sampling, reading=reading, served=OFFICIAL, official_differs=False,
+        route=of(plan.route_requests), capability_answers=of(r.request_id for r in plan.capability_requests),
     )  # fmt: skip
     if library is None or not usable:
         return case
@@ -50,7 +51,7 @@ def open_case(plan: Plan, capability: Capability, observations: Iterable[Observa
     raw_residuals, raw_evidence = _weighed(library, raw_answers, plan.policy)
     case = replace(case, raw_residuals=raw_residuals, raw_evidence=raw_evidence)
     if evidence is None or differs_after(evidence, plan.policy) is None:
-        return case
+        return _by_structure(case, library)
     return _under_served(replace(case, official_differs=True), library, evidence)
 
 
@@ -59,6 +60,21 @@ def _weighed(library: Library, answers: list[Observation], policy: Policy) -> We
         return None, None
     residuals = line_up(library, answers)
     return residuals, weigh(library, residuals, policy) if residuals.answers else None
+
+
+def _by_structure(case: Case, library: Library) -> Case:
+    """The case where the probes of the weights do not speak against the official prompt, or none is there yet.
+
+    Another rendering is served where the answers are near to it alone: it may change only what has a system message of its own.
+    """
+    reading = case.reading
+    near = reading.nearest() if reading is not None else None
+    limit = max(null.limit_nats for null in library.nulls)
+    if reading is None or near is None or near == 0 or not reading.is_honest(near, limit):
+        return case
+    if not reading.is_nearer(near, 0) and not reading.explains(near, 0, limit):
+        return case
+    return _under(replace(case, official_differs=True), library, near, certain=True) or case
 
 
 def _under_served(case: Case, library: Library, evidence: WeightEvidence) -> Case:
@@ -113,8 +129,3 @@ def mixed_within(case: Case) -> bool:
     probes = {r.probe.id: r.probe for r in case.plan.probe_requests}
     system = np.array([has_system(probes[probe_id]) for probe_id in residuals.probe_ids], np.bool_)
     return any(is_mixed(evidence, system == kind) for kind in (True, False))
-
-
-def consistent_or_differs(evidence: WeightEvidence, policy: Policy) -> bool:
-    """Whether the evidence has come to an end."""
-    return is_consistent(evidence, policy) or differs_after(evidence, policy) is not None

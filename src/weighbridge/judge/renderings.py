@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, most_unlisted
-from weighbridge.records import LogprobLevel, Observation, Probe, TopToken
+from weighbridge.records import LogprobLevel, Observation, Probe
 from weighbridge.reference.bundle import Bundle, HypothesisRecord, rendered_id
 from weighbridge.stats.grid import round_to_bfloat16
-from weighbridge.stats.residuals import centred_difference, log_scale, reference_at
+from weighbridge.stats.residuals import centred_difference, fisher_cosine, log_scale, mean_interval, reference_at
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -19,8 +20,9 @@ MATCHING_SHARE = 0.95
 # A rendering is nearer than another one where the difference of log s is positive at this confidence, over all that were tried.
 NEARER_CONFIDENCE = 0.999
 MIN_ANSWERS = 3
-# An answer that does not move when the rendering changes says nothing: its prompt is the same, or near it.
-UNMOVED = 1e-6
+LEAN_ANSWERS = 8
+OFF_BY = 3.0  # times what an honest stack may have on the whole: more than it has on any probe
+LOG_FAR = float(np.log(5.0))
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,17 @@ class PromptReading:
     ----------
     hypotheses : list of HypothesisRecord
     log_scales : float array, shape (H, n)
-        x = log s of each answer against the original weights under each rendering; NaN where that was not recorded.
+        x = log s of each answer against the original weights under each rendering; NaN where that was not recorded, or no token
+        can be compared.
+    prompts : list of list of bytes
+        H lists of n prompts as token ids; empty where one was not recorded.
+    fisher : float array, shape (H, n)
+        Fisher transform of the cosine between each answer's difference from the official rendering and that of each rendering, both
+        freed of the official distribution's own shape; NaN where it is not known.
+    structures : list of str
+        The probe of each answer.
+    counted_structures : list of str
+        The probe of each token count.
     offsets : int array, shape (H, m)
         Reported prompt tokens less those of the rendering.
     official_tokens : int array, shape (m,)
@@ -44,6 +56,10 @@ class PromptReading:
 
     hypotheses: list[HypothesisRecord]
     log_scales: Floats
+    prompts: list[list[bytes]]
+    fisher: Floats
+    structures: list[str]
+    counted_structures: list[str]
     offsets: Ints
     official_tokens: Ints
     has_system: NDArray[np.bool_]
@@ -65,19 +81,22 @@ class PromptReading:
 
     def nearest(self) -> int | None:
         """The rendering with the smallest residuals, over the answers that were recorded under all; None without any."""
-        everywhere = np.isfinite(self.log_scales).all(axis=0)
+        everywhere = np.array([all(prompts) for prompts in zip(*self.prompts, strict=True)], np.bool_)
         if not everywhere.any():
             return None
-        return int(np.argmin(self.log_scales[:, everywhere].mean(axis=1)))
+        # A rendering with whose likely tokens nothing has in common is far.
+        scales = np.nan_to_num(self.log_scales[:, everywhere], nan=LOG_FAR)
+        return int(np.argmin(scales.mean(axis=1)))
 
     def margin(self, one: int, other: int) -> tuple[float, float, int]:
         """By how much rendering `one` is nearer than `other`: mean difference of x, its lower limit, and the answers it rests on.
 
-        The limit is Student's, at `NEARER_CONFIDENCE` over all renderings (Bonferroni); answers that both renderings leave
-        the same are left out.
+        The limit is Student's, at `NEARER_CONFIDENCE` over all renderings (Bonferroni); prompts that are the same under both are
+        left out.
         """
         gain = self.log_scales[other] - self.log_scales[one]
-        gain = gain[np.isfinite(gain) & (np.abs(gain) > UNMOVED)]
+        moved = np.array([a != b for a, b in zip(self.prompts[one], self.prompts[other], strict=True)], np.bool_)
+        gain = gain[np.isfinite(gain) & moved]
         n = gain.size
         if n < MIN_ANSWERS:
             return (float(gain.mean()) if n else 0.0), -np.inf, n
@@ -85,9 +104,43 @@ class PromptReading:
         half = float(special.stdtrit(n - 1, share)) * float(gain.std(ddof=1)) / np.sqrt(n)
         return float(gain.mean()), float(gain.mean() - half), n
 
+    def is_honest(self, hypothesis: int, limit_nats: float) -> bool:
+        """Whether the answers are, on the whole, as near to a rendering as an honest stack may be."""
+        known = self.log_scales[hypothesis][np.isfinite(self.log_scales[hypothesis])]
+        return known.size >= MIN_ANSWERS and float(known.mean()) <= float(np.log(limit_nats))
+
     def is_nearer(self, one: int, other: int) -> bool:
         """Whether rendering `one` is nearer than `other` beyond chance."""
         return self.margin(one, other)[1] > 0
+
+    def leans(self, least_cosine: float) -> tuple[int, float] | None:
+        """The rendering that the answers lean towards, without being its, and the mean cosine; None where they lean nowhere.
+
+        Texts that are put before a conversation move the answers in much the same direction, whatever they say. The whole interval
+        of the mean has to be at least `least_cosine`, at a confidence for all renderings together.
+        """
+        best: tuple[int, float] | None = None
+        for h in range(1, len(self.hypotheses)):
+            known = self.fisher[h][np.isfinite(self.fisher[h])]
+            if known.size < LEAN_ANSWERS:
+                continue
+            mean, low, _ = np.tanh(mean_interval(known, 1 - 2 * (1 - NEARER_CONFIDENCE) / len(self.hypotheses)))
+            if low >= least_cosine and (best is None or mean > best[1]):
+                best = h, float(mean)
+        return best
+
+    def off(self, hypothesis: int, limit_nats: float) -> list[str]:
+        """The probes whose answers are far from a rendering: further than an honest stack is on any."""
+        return [
+            probe_id for probe_id, x in zip(self.structures, self.log_scales[hypothesis], strict=True)
+            if x > np.log(OFF_BY * limit_nats)
+        ]  # fmt: skip
+
+    def explains(self, one: int, other: int, limit_nats: float) -> bool:
+        """Whether `one` makes honest answers of all that are not under `other`, and there are at least three of these."""
+        x, y = self.log_scales[one], self.log_scales[other]
+        off = np.isfinite(y) & (y > np.log(OFF_BY * limit_nats))
+        return int(off.sum()) >= MIN_ANSWERS and bool((x[off] <= np.log(limit_nats)).all())
 
 
 def read_prompt(
@@ -124,12 +177,19 @@ def read_prompt(
         if o.top is not None and len(o.top) >= MIN_TOP_LOGPROBS and (level != "L1" or bundle.answer_tokens(o.probe_id) == 0)
     ]  # fmt: skip
     scales = np.full((len(hypotheses), len(listed)), np.nan)
+    fisher = np.full(scales.shape, np.nan)
+    prompts = [[b""] * len(listed) for _ in hypotheses]
     for i, observation in enumerate(listed):
         for h, hypothesis in enumerate(hypotheses):
             row = bundle.row_index.get(rendered_id(observation.probe_id, hypothesis.id))
             if row is not None:
+                prompts[h][i] = np.array(bundle.prompt_of(rendered_id(observation.probe_id, hypothesis.id))).tobytes()
                 guessed = "bytes_absent" in observation.quirks
-                scales[h, i] = distance(bundle, row, (observation.top or [])[:top_k], guessed, bfloat16_logprobs)
+                top = tuple((t.bytes_hex, t.logprob_nats) for t in (observation.top or [])[:top_k])
+                scales[h, i] = distance(bundle, row, top, guessed, bfloat16_logprobs)
+                if h > 0 and prompts[h][i] != prompts[0][i]:
+                    official = bundle.row_index[observation.probe_id]
+                    fisher[h, i] = leaning(bundle, official, row, top)
     counted = [o for o in known if o.prompt_tokens is not None]
     at = [bundle.probe_index[o.probe_id] for o in counted]
     # The answer of a generated one is not sent with the question.
@@ -138,6 +198,10 @@ def read_prompt(
     return PromptReading(
         hypotheses=hypotheses,
         log_scales=scales,
+        prompts=prompts,
+        fisher=fisher,
+        structures=[o.probe_id for o in listed],
+        counted_structures=[o.probe_id for o in counted],
         offsets=reported - bundle.prompt_tokens[:, at].astype(np.int64),
         official_tokens=bundle.prompt_tokens[0, at].astype(np.int64),
         has_system=np.array([has_system(probes[o.probe_id]) for o in counted], np.bool_),
@@ -152,25 +216,39 @@ def has_system(probe: Probe) -> bool:
 
 def stands_ahead(bundle: Bundle, rendering: str, probe_id: str) -> bool:
     """Whether a rendering differs from the official one only in what stands before the last words of a probe's prompt."""
-    prompts = []
-    for name in (probe_id, rendered_id(probe_id, rendering)):
-        at = bundle.probe_index[name]
-        prompts.append(bundle.prompt_ids[bundle.prompt_offsets[at] : bundle.prompt_offsets[at + 1]])
+    prompts = [bundle.prompt_of(name) for name in (probe_id, rendered_id(probe_id, rendering))]
     shorter = min(len(prompt) for prompt in prompts) // 2
-    return bool((prompts[0][-shorter:] == prompts[1][-shorter:]).all())
+    return prompts[0][-shorter:] == prompts[1][-shorter:]
 
 
-def distance(bundle: Bundle, row: int, top: list[TopToken], guessed: bool, bfloat16_logprobs: bool) -> float:
+@lru_cache(maxsize=2**15)
+def distance(
+    bundle: Bundle, row: int, top: tuple[tuple[str, float], ...], guessed: bool, bfloat16_logprobs: bool
+) -> float:
     """Log s of one list against the reference's row; of a token that the reference does not list, the least that it is off."""
     reference = bundle.logprobs_nats[bundle.stack_index[bundle.manifest.reference_stack], row].astype(np.float64)
     if bfloat16_logprobs:
         reference = round_to_bfloat16(reference)
     columns_of_token = bundle.columns_of_row(row)
-    columns = np.array([columns_of_token.get(token.bytes_hex, -1) for token in top], np.int64)
-    values = np.array([token.logprob_nats for token in top], np.float64)
+    columns = np.array([columns_of_token.get(name, -1) for name, _ in top], np.int64)
+    values = np.array([nats for _, nats in top], np.float64)
     most = np.inf if guessed else most_unlisted(bundle, row, reference)
     scale = float(log_scale(centred_difference(values, reference_at(columns, values, reference, most))))
     if np.isfinite(scale):
         return scale
     beyond = values[columns < 0].max(initial=-np.inf) - most
     return float(np.log(beyond)) if np.isfinite(beyond) and beyond > 0 else float("nan")
+
+
+@lru_cache(maxsize=2**15)
+def leaning(bundle: Bundle, official: int, row: int, top: tuple[tuple[str, float], ...]) -> float:
+    """Fisher transform of the cosine between two differences from the official row: a list's, and that of another row."""
+    stack = bundle.stack_index[bundle.manifest.reference_stack]
+    at = [bundle.columns_of_row(official), bundle.columns_of_row(row)]
+    common = [(nats, at[0][name], at[1][name]) for name, nats in top if name in at[0] and name in at[1]]
+    if not common:
+        return float("nan")
+    values, first, second = (np.array(column) for column in zip(*common, strict=True))
+    reference = bundle.logprobs_nats[stack, official][first].astype(np.float64)
+    other = bundle.logprobs_nats[stack, row][second].astype(np.float64)
+    return float(fisher_cosine(centred_difference(values, reference), other - reference, reference))

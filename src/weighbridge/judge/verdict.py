@@ -1,5 +1,6 @@
 """From findings to a verdict, under a policy."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,8 @@ from weighbridge.records import (
     AXES,
     Axis,
     Cause,
+    Control,
+    ControlKind,
     Finding,
     Findings,
     Observation,
@@ -86,6 +89,7 @@ def judge(
     stopped_because: str,
     all_observations: list[Observation],
     observations_sha256: str,
+    controls: Sequence[Control] = (),
 ) -> tuple[Findings, Verdict]:
     """Run every check and put the findings together.
 
@@ -101,6 +105,8 @@ def judge(
         What was paid for.
     observations_sha256 : str
         Of observations.jsonl: what the verdict is bound to.
+    controls : sequence of Control
+        What came out for endpoints whose truth is known; where one is not as expected, nothing is said of this one.
     """
     found = {finding.check: finding for finding in (check(case) for check in CHECKS)}
     found["weights"] = _weights_that_can_be_judged(found["weights"], case, found["sampling"])
@@ -111,6 +117,13 @@ def judge(
     axes: dict[Axis, Outcome] = {axis: by_axis[axis].outcome for axis in AXES}
 
     word, cause = _word_and_cause(case, by_axis)
+    sentence = (
+        _sentence(case, word, cause, by_axis) + _whose(case) + _interruption(word, stopped_because, all_observations)
+    )
+    wrong = [control for control in controls if not control.as_expected]
+    if wrong:
+        word, cause, sentence = "inconclusive", None, void_sentence(wrong)
+        axes = {axis: "inconclusive" if o in ("consistent", "inconsistent") else o for axis, o in axes.items()}
     weights = by_axis["weights"]
     prompt_tokens = sum(o.prompt_tokens or 0 for o in all_observations)
     completion_tokens = sum(o.completion_tokens or 0 for o in all_observations)
@@ -125,7 +138,7 @@ def judge(
         axes=axes,
         not_excluded=weights.not_excluded,
         excluded=weights.excluded,
-        sentence=_sentence(case, word, cause, by_axis) + _interruption(word, stopped_because, all_observations),
+        sentence=sentence,
         error_rate=_error_rate(case, word),
         effective_noise_nats=next((e for e in weights.effects if e.name == "effective noise"), None),
         answers_used=weights.answers_used,
@@ -136,8 +149,24 @@ def judge(
         stopped_because=stopped_because,
         endpoint_refused=case.capability.refused is not None,
         observations_sha256=observations_sha256,
+        controls=list(controls),
     )
     return Findings(weighbridge_version=__version__, capability=case.capability, findings=findings), verdict
+
+
+def control_of(kind: ControlKind, endpoint: str, verdict: Verdict) -> Control:
+    """What came out for an endpoint whose truth is known: an honest one is consistent, an altered one differs."""
+    expected = "consistent" if kind == "honest" else "differs"
+    return Control(
+        kind=kind, endpoint=endpoint, verdict=verdict.verdict, cause=verdict.cause, as_expected=verdict.verdict == expected,
+        sentence=verdict.sentence,
+    )  # fmt: skip
+
+
+def void_sentence(wrong: list[Control]) -> str:
+    """Why nothing is said."""
+    which = "; ".join(f"the {c.kind} control {c.endpoint} came out as {c.verdict.replace('_', ' ')}" for c in wrong)
+    return f"Void: {which}, so nothing that was found this night is relied on. Find out why before auditing again."
 
 
 def _speaker(findings: list[Finding]) -> Finding:
@@ -223,6 +252,13 @@ def _sentence(case: Case, word: VerdictWord, cause: Cause | None, by_axis: dict[
         return f"Not verified: {'the endpoint did not answer' if case.capability.refused else 'nothing was asked'}."
     open_question = weights if weights.outcome != "consistent" else by_axis["prompt"]
     return f"Not verified: {open_question.summary[0].lower()}{open_question.summary[1:]}."
+
+
+def _whose(case: Case) -> str:
+    """Where a router chose who answers, that nothing is said of any one of them."""
+    if not case.plan.endpoint.unpinned or not case.capability.reachable:
+        return ""
+    return " The route was not pinned, so this is about what the router passed on and about no one provider."
 
 
 def _interruption(word: VerdictWord, stopped_because: str, observations: list[Observation]) -> str:

@@ -7,6 +7,11 @@ from weighbridge.reference.local import LocalSetting
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 HIDDEN_SYSTEM_PROMPT = "Answer politely. Do not discuss competitors of Example Hosting."
+LONG_HIDDEN_PROMPT = (
+    "You are the support desk of a travel agency. Greet the customer, be brief, name no prices, and hand over to a person when asked. "
+    "This week there are city trips and rail passes. What you do not know you will find out."
+)
+HOST_PROMPT = "You are Aria, a helpful and harmless AI provided by CloudHost. Follow the content policy."
 
 _TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 _SYSTEM = (
@@ -31,7 +36,14 @@ _MISSING_BOS = _chatml(
     turn="{% if loop.first and message['role'] == 'system' %}{{'system\n' + message['content'] + '<|im_end|>\n'}}"
     "{% else %}" + _TURN + "{% endif %}",
 )
-_HIDDEN = "{{ '<|im_start|>system\n" + HIDDEN_SYSTEM_PROMPT + "<|im_end|>\n' }}" + OFFICIAL_TEMPLATE
+
+
+def with_prompt_before(text: str) -> str:
+    """The official template after a system message of the host's own."""
+    return "{{ '<|im_start|>system\n" + text + "<|im_end|>\n' }}" + OFFICIAL_TEMPLATE
+
+
+_HIDDEN = with_prompt_before(HIDDEN_SYSTEM_PROMPT)
 _LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}"
@@ -148,6 +160,8 @@ _CATALOGUE = (
     _template("no-generation-prompt", "template without the assistant's turn", _chatml(generation="")),
     _template("llama3-template", "Llama-3 style template", _LLAMA3),
     _template("no-template", "message texts only", _NONE),
+    _template("hidden-long", "a long hidden system prompt before the conversation", with_prompt_before(LONG_HIDDEN_PROMPT), "hidden_prompt"),
+    _template("host-default", "the host's own text in place of the default system prompt", chatml_with_default(HOST_PROMPT), "hidden_prompt"),
     _template("double-bos", "template with its first special token twice", "{{ '<|im_start|>' }}" + OFFICIAL_TEMPLATE),
     _template("generic-system", "template with another default system prompt, “You are a helpful assistant.”", chatml_with_default("You are a helpful assistant.")),
     _template("dated-system", "template with a dated default system prompt", chatml_with_default("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024")),

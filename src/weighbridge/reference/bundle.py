@@ -28,7 +28,7 @@ from weighbridge.records import BundleIdentity, Cause, PoolIdentity, Record, che
 from weighbridge.reference.licence import LicenceRecord, bundled_text
 
 # The embedded bundles, pinned: the digest of each one's manifest.
-EMBEDDED = {"smollm2-135m-instruct": "a19a2cd7c2d0218cac8a68dec5005a0f5794aad3bb6759e43dd37a81b86ff480"}
+EMBEDDED = {"smollm2-135m-instruct": "cc468c73bb119555f7c5c272beab79ded6eb7ed8c9438a9f576573456f65fc58"}
 OFFICIAL = "official"  # the model's own chat template
 NAME = r"^[a-z0-9][a-z0-9._-]{0,79}$"  # of a stack, pool or bundle; some name a folder, so none begins with a dot
 SCHEMA_FILE = Path(__file__).resolve().parent.parent / "schemas" / "bundle-3.json"
@@ -155,7 +155,7 @@ class Manifest(Record):
     model_config = Record.model_config | {"populate_by_name": True}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bundle:
     """A loaded bundle.
 

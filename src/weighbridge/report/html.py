@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 
 from weighbridge.canonical import write_atomically
+from weighbridge.judge.checks import prose
 from weighbridge.paths import data_path
 from weighbridge.report.document import Report
 from weighbridge.report.plots import course_plot, direction_plot, scale_plot
@@ -16,10 +17,6 @@ MARKS = {
 }  # fmt: skip
 WORDS = {
     "consistent": "Consistent", "differs": "Differs", "differs_replicated": "Differs, replicated", "inconclusive": "Not verified",
-}  # fmt: skip
-QUESTIONS = {
-    "route": "Who answered?", "prompt": "Is the prompt ours?", "sampling": "Is the sampling ours?",
-    "weights": "Are the weights the weights?", "share": "For all requests?", "service": "Does it serve well?",
 }  # fmt: skip
 
 
@@ -32,7 +29,8 @@ def write_html(folder: Path, report: Report) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    details = next((f.details for f in report.findings.findings if f.axis == "weights"), {})
+    by_check = {f.check: f for f in report.findings.findings}
+    details = by_check["weights"].details if "weights" in by_check else {}
     pictures = {}
     if "ladder" in details:
         pictures = {
@@ -42,6 +40,8 @@ def write_html(folder: Path, report: Report) -> None:
         }
     page = environment.get_template("report.html").render(
         report=report, verdict=report.verdict, findings=report.findings.findings, capability=report.findings.capability,
-        details=details, pictures=pictures, marks=MARKS, words=WORDS, questions=QUESTIONS,
+        details=details, pictures=pictures, marks=MARKS, words=WORDS, prose=prose(),
+        prompt=by_check["prompt"].details if "prompt" in by_check else {},
+        parameters=by_check["parameters"].details.get("parameters", {}) if "parameters" in by_check else {},
     )  # fmt: skip
     write_atomically(folder / "report.html", page.encode())

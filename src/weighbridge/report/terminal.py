@@ -4,8 +4,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from weighbridge.judge.checks import prose
 from weighbridge.report.document import Report
-from weighbridge.report.html import MARKS, QUESTIONS, WORDS
+from weighbridge.report.html import MARKS, WORDS
 
 
 def _plain(text: str, style: str = "") -> Text:
@@ -31,7 +32,7 @@ def print_summary(console: Console, report: Report, folder: str) -> None:
     table.add_column("what was found")
     for finding in report.findings.findings:
         table.add_row(
-            _plain(QUESTIONS[finding.axis]),
+            _plain(prose()[finding.check].title),
             _plain(f"{MARKS[finding.outcome]} {finding.outcome.replace('_', ' ')}"),
             _plain(finding.summary),
         )

@@ -11,6 +11,7 @@ from scipy import special
 
 Floats = NDArray[np.float64]
 OTHERS = 1000  # tokens among which the share of what is not listed is divided, where a temperature is put on it
+VOCABULARY = 300_000  # more tokens than any tokenizer has
 _LEAST = 1e-12
 
 
@@ -76,20 +77,37 @@ def temperature_interval(
 ) -> tuple[float, float, float]:
     """The temperature, relative to the list's, under which the draws are likeliest, and those less likely by at most `drop_nats`.
 
-    Only draws of listed tokens are used, given that one was: how many others there are is not known.
+    How many tokens are not listed is not known, so a temperature's likelihood has a smallest and a largest value: each of those tokens is less
+    likely than the least listed one, and there are at most `VOCABULARY`. A temperature falls out where its largest value is below the
+    largest smallest one; at 1 both are the list's own.
 
     Returns
     -------
     tuple of float
         Estimate, lower and upper limit, on a grid from 0.02 to 10.
     """
-    grid = np.geomspace(0.02, 10.0, 125)
-    listed = drawn < cells_nats.shape[1] - 1
-    cells_nats, drawn = cells_nats[listed].copy(), drawn[listed]
-    cells_nats[:, -1] = -np.inf
-    values = np.array([log_likelihood(at_temperature(cells_nats, float(t)), drawn).sum() for t in grid])
-    near = grid[values >= values.max() - drop_nats]
-    return float(grid[int(values.argmax())]), float(near.min()), float(near.max())
+    grid = np.unique(np.append(np.geomspace(0.02, 10.0, 125), 1.0))
+    bounds = np.array([_likelihood_bounds(cells_nats, drawn, float(t)).sum(axis=1) for t in grid])
+    near = grid[bounds[:, 1] >= bounds[:, 0].max() - drop_nats]
+    return float(grid[int(bounds[:, 0].argmax())]), float(near.min()), float(near.max())
+
+
+def _likelihood_bounds(cells_nats: Floats, drawn: NDArray[np.int64], temperature: float) -> Floats:
+    """The smallest and the largest logprob that each draw can have at a temperature; shape (2, n)."""
+    listed, rest = cells_nats[:, :-1], cells_nats[:, -1]
+    least = np.where(np.isfinite(listed), listed, np.inf).min(axis=1)
+    total = special.logsumexp(listed / temperature, axis=1)
+    # Sums of p^(1/T) over what is not listed: by p <= the least listed one, and by there being so many at most.
+    by_least = rest + least * (1 / temperature - 1)
+    by_number = rest / temperature + np.log(VOCABULARY) * (1 - 1 / temperature)
+    few, many = (
+        (by_least, np.maximum(by_number, by_least)) if temperature > 1 else (np.minimum(by_number, by_least), by_least)
+    )
+    own = np.take_along_axis(cells_nats, drawn[:, None], axis=1)[:, 0] / temperature
+    is_listed = drawn < listed.shape[1]
+    smallest = np.where(is_listed, own - np.logaddexp(total, many), few - np.logaddexp(total, few))
+    largest = np.where(is_listed, own - np.logaddexp(total, few), many - np.logaddexp(total, many))
+    return np.asarray([smallest, largest])
 
 
 def flip_log_e(flips: int, draws: int, *, honest_share: float, shares: tuple[float, ...]) -> float:

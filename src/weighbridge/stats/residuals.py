@@ -196,21 +196,18 @@ def scale_interval(log_scales: Floats, confidence: float) -> tuple[float, float,
     tuple of float
         Estimate, lower and upper limit; the limits are equal to the estimate for a single prompt.
     """
-    mean = float(np.mean(log_scales))
-    if log_scales.size < 2:
-        return float(np.exp(mean)), float(np.exp(mean)), float(np.exp(mean))
-    half = float(
-        special.stdtrit(log_scales.size - 1, 0.5 + confidence / 2)
-        * np.std(log_scales, ddof=1)
-        / np.sqrt(log_scales.size)
-    )
-    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half))
+    mean, low, high = np.exp(mean_interval(log_scales, confidence))
+    return float(mean), float(low), float(high)
 
 
 def mean_interval(values: Floats, confidence: float) -> tuple[float, float, float]:
-    """A mean with a Student-t interval over prompts."""
-    estimate, low, high = scale_interval(np.asarray(values, np.float64), confidence)
-    return float(np.log(estimate)), float(np.log(low)), float(np.log(high))
+    """A mean with a Student-t interval over prompts; the limits are equal to it for a single one."""
+    mean = float(np.mean(values))
+    if values.size < 2:
+        return mean, mean, mean
+    quantile = float(special.stdtrit(values.size - 1, 0.5 + confidence / 2))
+    half = quantile * float(np.std(values, ddof=1)) / float(np.sqrt(values.size))
+    return mean, mean - half, mean + half
 
 
 def share_upper_limit(found: int, asked: int, confidence: float) -> float:

@@ -6,7 +6,7 @@ from weighbridge.judge.case import Case
 from weighbridge.records import Finding, Observation, Outcome
 from weighbridge.sampling import PENALTY, STOP, TEXT_TOKENS
 
-Treatment = Literal["honoured", "ignored", "refused", "unclear", "not_asked"]
+Treatment = Literal["honoured", "ignored", "refused", "no_effect", "unclear", "not_asked"]
 # Part of the API that every host of this kind offers; the others are extensions, which nobody has to know.
 STANDARD = ("seed", "stop", "max_tokens", "n", "logit_bias", "frequency_penalty", "presence_penalty", "top_p")
 CLEAR_NATS = 0.25  # by which a penalty has to exceed a lead
@@ -27,7 +27,7 @@ def check_parameters(case: Case) -> Finding:
     by_word = {
         word: [n for n, t in found.items() if t == word] for word in ("honoured", "ignored", "refused", "unclear")
     }
-    text = "; ".join(f"{word}: {', '.join(names)}" for word, names in by_word.items() if names)
+    text = "; ".join(f"{word.replace('_', ' ')}: {', '.join(names)}" for word, names in by_word.items() if names)
     outcome: Outcome = "inconsistent" if ignored else "consistent" if by_word["honoured"] else "inconclusive"
     return _finding(
         outcome, f"Parameters {text}", details={"parameters": found, "texts": _texts(case)},
@@ -75,7 +75,9 @@ def _refused(case: Case, name: str) -> Treatment | None:
 
 def _varies(case: Case) -> bool:
     """Whether temperature 1 gives another text than temperature 0 at all."""
-    return any(is_cold_text(case, name) is False for name in ("warm", "warm-other"))
+    return is_cold_text(case, "warm") is False or not (_text(case, "warm-other") or "").startswith(
+        _text(case, "cold") or ""
+    )
 
 
 def _temperature(case: Case) -> Treatment:
@@ -92,7 +94,9 @@ def _narrowed(case: Case, name: str) -> Treatment:
     refused = _refused(case, name)
     if refused is not None:
         return refused
-    same = is_cold_text(case, name)
+    # A longer text begins with that of temperature 0, and a shorter one is its beginning.
+    cold, other = _text(case, "cold"), _text(case, name)
+    same = None if cold is None or other is None else other.startswith(cold) or cold.startswith(other)
     if same is None or not _varies(case):
         return "unclear"
     # Arithmetic that is not the same each time gives another text at temperature 0 as well.
@@ -107,7 +111,7 @@ def _seed(case: Case) -> Treatment:
     if one is None or again is None or other is None:
         return "unclear"
     if one == again:
-        return "honoured" if other != one else "unclear"
+        return "honoured" if not other.startswith(one) else "unclear"
     return "ignored" if is_cold_text(case, "cold-again") else "unclear"
 
 
@@ -187,7 +191,7 @@ def _bias(case: Case) -> Treatment:
 
 
 def _tools(case: Case) -> Treatment:
-    """Tools are told to the model only if they make the prompt longer."""
+    """Tools are told to the model only if they make the prompt longer; many templates have no place for them."""
     refused = _refused(case, "tools")
     if refused is not None:
         return refused
@@ -195,7 +199,7 @@ def _tools(case: Case) -> Treatment:
     plain = next((r.probe.id for r in case.plan.prompt_requests if r.probe.messages == messages), None)
     without = next((o.prompt_tokens for o in case.prompt_answers if o.probe_id == plain), None)
     told = case.sampling["tools"].prompt_tokens
-    return "unclear" if without is None or told is None else "honoured" if told > without else "ignored"
+    return "unclear" if without is None or told is None else "honoured" if told > without else "no_effect"
 
 
 def _texts(case: Case) -> dict[str, str]:

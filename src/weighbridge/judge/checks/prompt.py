@@ -5,13 +5,16 @@ from typing import Any
 import numpy as np
 
 from weighbridge.judge.case import Case
-from weighbridge.judge.checks.weights import is_consistent, nearest
+from weighbridge.judge.checks.weights import is_consistent, mean_cosines, nearest
 from weighbridge.judge.renderings import MATCHING_SHARE, PromptReading, stands_ahead
 from weighbridge.records import Cause, Effect, Finding
 from weighbridge.reference.bundle import OFFICIAL
 
 # A slope of the counts on the official ones beyond which, with nothing else to explain it, another tokenizer is at work.
 OTHER_TOKENIZER_SLOPE = 0.05
+STRUCTURES_OFF = (
+    2  # prompts of a structure of their own whose answers are far off, where all others are the reference's
+)
 SAME_TOKENIZER_LISTED = 0.5  # of the returned tokens
 
 
@@ -32,6 +35,20 @@ def check_prompt(case: Case) -> Finding:
     by_counts = reading.by_counts(policy.min_counted)
     if case.served is not None and case.served != OFFICIAL:
         return _other_rendering(case, reading, by_counts, details, shift)
+    limit = max(null.limit_nats for null in case.library.nulls) if case.library is not None else 0.0
+    own = {r.probe.id for r in case.plan.prompt_requests}
+    off = [probe_id for probe_id in reading.off(0, limit) if probe_id in own]
+    miscounted = (
+        {p for p, offset in zip(reading.counted_structures, reading.offsets[0], strict=True) if offset != 0}
+        if reading.counted
+        else set()
+    )
+    if not case.official_differs and (len(off) >= STRUCTURES_OFF or miscounted & set(off)):
+        kinds = ", ".join(r.probe.purpose for r in case.plan.prompt_requests if r.probe.id in off)
+        return _finding(
+            "inconsistent", f"Prompts of some structures are not served as the official template renders them: {kinds}",
+            cause="template", details=details, to_resolve="Serve the chat template that comes with the model",
+        )  # fmt: skip
     if case.evidence is not None and is_consistent(case.evidence, policy):
         matching = 0 in by_counts
         text = (
@@ -45,6 +62,12 @@ def check_prompt(case: Case) -> Finding:
             )
         )
         return _finding("consistent", text, details=details)
+    if case.evidence is None and reading.nearest() == 0 and reading.is_honest(0, limit):
+        return _finding(
+            "consistent",
+            "The answers are those of the official prompt, over prompts of every structure",
+            details=details,
+        )
     explained = _explained_by_weights(case)
     if 0 in by_counts:
         if case.served is not None:
@@ -110,18 +133,25 @@ def _unknown(
         if cause == "none_of_these" and listed.size and listed.mean() < SAME_TOKENIZER_LISTED:
             cause = "other_model"
             what += "; most returned tokens are unknown to the reference: another tokenizer"
-        return _finding("inconsistent", what, cause=cause, effects=shift, **common)
+        # Counts that follow nothing may be estimates, and say nothing of the prompt.
+        if cause != "none_of_these":
+            return _finding("inconsistent", what, cause=cause, effects=shift, **common)
     default = _default_changed(case)
     if default is not None:
         return _finding("inconsistent", default, cause="hidden_prompt", effects=shift, **common)
     near = reading.nearest()
     if near is not None and near > 0 and reading.is_nearer(near, 0):
         record = reading.hypotheses[near]
-        asked = next(o.probe_id for o in (*case.prompt_answers, *case.answers))
-        ahead = stands_ahead(case.library.bundle, record.id, asked) if case.library is not None else False
         return _finding(
             "inconsistent", f"The prompt is not the official one: of the recorded renderings the answers are nearest to this one, and not its either: {record.description}",
-            cause="hidden_prompt" if ahead else "template", effects=shift, **common,
+            cause="hidden_prompt" if _stands_ahead(case, record.id) else "template", effects=shift, **common,
+        )  # fmt: skip
+    leaning = reading.leans(case.plan.policy.family_cosine)
+    if leaning is not None and leaning[1] > _nearest_cosine(case):
+        record = reading.hypotheses[leaning[0]]
+        return _finding(
+            "inconsistent", f"The answers lean as they do under another prompt (cosine {leaning[1]:.2f} with {record.description}), and are not its: an unknown text stands before the conversation",
+            cause="hidden_prompt" if record.cause == "hidden_prompt" or _stands_ahead(case, record.id) else "template", effects=shift, **common,
         )  # fmt: skip
     return _finding(
         "inconclusive",
@@ -132,6 +162,17 @@ def _unknown(
         effects=shift,
         **common,
     )
+
+
+def _stands_ahead(case: Case, rendering: str) -> bool:
+    """Whether a rendering differs only in what stands before the user's words."""
+    asked = next((o.probe_id for o in (*case.prompt_answers, *case.answers) if o.top is not None), None)
+    return case.library is not None and asked is not None and stands_ahead(case.library.bundle, rendering, asked)
+
+
+def _nearest_cosine(case: Case) -> float:
+    """The largest mean cosine with a recorded variant of the weights."""
+    return float(mean_cosines(case.evidence).max()) if case.evidence is not None else 0.0
 
 
 def explain_counts(reading: PromptReading) -> tuple[Cause, str, float | None]:
@@ -242,6 +283,9 @@ def _details(case: Case, reading: PromptReading) -> dict[str, Any]:
             "noise_nats": float(np.exp(scales[i, everywhere].mean())) if everywhere.any() else None,
         }  # fmt: skip
         rows.append(row)
+    nearest_first = sorted(range(len(rows)), key=lambda i: (rows[i]["noise_nats"] or 0.0, -rows[i]["match_share"], i))
+    for order, i in enumerate(nearest_first):
+        rows[i]["order"] = order
     offsets = reading.offsets[0] if reading.counted else None
     return {
         "counted": reading.counted,

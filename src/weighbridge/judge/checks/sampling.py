@@ -31,6 +31,7 @@ CUTS = (0.0, 0.01, 0.02, 0.05, 0.1)
 OTHER_TEMPERATURES = (0.05, 0.5, 0.7, 1.4, 2.0)
 DROP_NATS = 4.0  # of the log-likelihood: beyond it a temperature is not what was used
 MIN_DRAWS = 4
+KNOWN_WITHIN = 6.0  # a wider interval of a temperature says nothing
 LOG10 = float(np.log(10))
 
 
@@ -83,15 +84,8 @@ def check_sampling(case: Case) -> Finding:
     if hot.count >= MIN_DRAWS:
         estimate, low, high = temperature_interval(hot.cells, hot.drawn, drop_nats=DROP_NATS)
         asked = HOT if case.capability.temperature_regime == "before_temperature" else 1.0
-        effects.append(
-            Effect(
-                name="temperature drawn at, where 2 was asked for",
-                value=estimate * HOT / asked,
-                low=low * HOT / asked,
-                high=high * HOT / asked,
-                unit="1",
-            )
-        )
+        if high < KNOWN_WITHIN * low:
+            effects.append(_temperature(HOT, estimate, low, high, HOT / asked))
         if high < asked and case.capability.temperature_regime == "before_temperature":
             what = "as at 1: it is ignored" if low <= 1 <= high else f"as at about {estimate:.2g}: it is clamped"
             return _finding(
@@ -205,14 +199,19 @@ def _not_as_said(
         what = "as at 1: it is ignored" if low <= 1 <= high else f"as at about {estimate:.2g}"
         return _finding(
             "inconsistent", f"At temperature 0 tokens are drawn {what} ({flips} of {cold.count} are not the likeliest by the endpoint's own logprobs)",
-            cause="sampling", effects=[Effect(name="temperature drawn at, where 0 was asked for", value=estimate, low=low, high=high, unit="1")], **common,
+            cause="sampling", effects=[_temperature(0, estimate, low, high)], **common,
         )  # fmt: skip
     estimate, low, high = temperature_interval(warm.cells, warm.drawn, drop_nats=DROP_NATS)
-    effect = Effect(name="temperature drawn at, where 1 was asked for", value=estimate, low=low, high=high, unit="1")
+    effect = _temperature(1, estimate, low, high)
     return _finding(
         "inconsistent", f"At temperature 1 tokens are drawn as at about {estimate:.2g} by the endpoint's own logprobs ({warm.count} tokens)",
         cause="sampling", effects=[effect], **common,
     )  # fmt: skip
+
+
+def _temperature(asked: float, estimate: float, low: float, high: float, factor: float = 1.0) -> Effect:
+    name = f"temperature drawn at, where {asked:g} was asked for"
+    return Effect(name=name, value=estimate * factor, low=low * factor, high=high * factor, unit="1")
 
 
 def _nucleus_ignored(case: Case) -> str | None:
@@ -229,7 +228,9 @@ def _from_texts(case: Case, details: dict[str, Any]) -> Finding:
     again = is_cold_text(case, "cold-again")
     warm, other = case.sampling.get("warm"), case.sampling.get("warm-other")
     varies = (
-        None if warm is None or other is None or warm.text is None or other.text is None else warm.text != other.text
+        None
+        if warm is None or other is None or warm.text is None or other.text is None
+        else not other.text.startswith(warm.text)
     )
     if again is False and is_cold_text(case, "cold-nonce") is False and is_cold_text(case, "stream") is False:
         return _finding(
