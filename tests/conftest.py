@@ -84,6 +84,14 @@ def faster(already_known: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture
+def weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that ask nothing but what is exposed and the probes of the weights, for tests that need no other request."""
+    monkeypatch.setattr(weighbridge.plan, "route_requests", lambda *_: [])
+    monkeypatch.setattr(weighbridge.plan, "_prompt_requests", lambda *_: [])
+    monkeypatch.setattr(weighbridge.plan, "sampling_requests", lambda *_: [])
+
+
+@pytest.fixture
 def weighbridge_cli(own_home: Path, faster: None, monkeypatch: pytest.MonkeyPatch) -> Weighbridge:
     """The installed command in this process: the same entry point, exit codes and streams."""
 

@@ -33,7 +33,7 @@ class Request:
     @property
     def prompt(self) -> str:
         """What tells one probe from another."""
-        return json.dumps(self.document["messages"])
+        return json.dumps(self.document.get("messages", self.document.get("prompt")))
 
 
 class Call:

@@ -64,7 +64,10 @@ MOST_MEMORY_BYTES = 64 * MEBIBYTE
 
 
 @pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_waits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up host does not draw from its lists, so nothing is asked of its sampling; another process plans as it likes."""
+    if "killed" not in request.node.name:
+        request.getfixturevalue("weights_only")
     monkeypatch.setattr("weighbridge.collect.FIRST_WAIT_S", 0.001)
 
 

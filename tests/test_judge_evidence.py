@@ -364,10 +364,15 @@ def test_honest_weights_are_cleared_under_another_rendering(stack_id: str, rende
 @pytest.mark.parametrize("stack_id", ["int8", "fp8-e4m3", "int4-g64", "nf4-g64", "llamacpp-q4_0"])
 def test_altered_weights_are_named_under_another_rendering(stack_id: str, rendering: str) -> None:
     found = judged(drawn(stack_id, "altered", rendering=rendering, counted_as=rendering), whole_library())
-    assert_named(found, rendering)
     weights = found.findings["weights"]
     assert (weights.outcome, weights.cause) == ("inconsistent", "precision")
     assert weights.exact_variant == found.verdict.exact_variant == stack_of(stack_id).variant
+    if rendering == "double-bos" and found.case.served == OFFICIAL:
+        # A second such token moves the answers less than 4-bit weights do; the counts then contradict the official prompt.
+        assert stack_id in ("int4-g64", "nf4-g64")
+        assert "although the reported token counts are not that prompt's" in found.findings["prompt"].summary
+    else:
+        assert_named(found, rendering)
 
 
 @pytest.mark.parametrize("rendering", RENDERINGS)

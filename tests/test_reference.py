@@ -311,7 +311,7 @@ def test_the_embedded_bundle_is_what_its_spec_says(embedded: Bundle) -> None:
 def test_every_rendering_is_recorded_for_the_prompt_and_for_the_weights(embedded: Bundle) -> None:
     """So that whatever is served under it can be judged: the reference, two honest grids, and what is most often served."""
     hypotheses = [h.id for h in embedded.manifest.hypotheses]
-    assert len(hypotheses) == 17
+    assert len(hypotheses) >= 17
     for rendering in hypotheses[1:]:
         prompts, weights = embedded.pool_at("prompt", rendering), embedded.pool_at("L3", rendering)
         assert prompts is not None

@@ -350,7 +350,11 @@ def judge_run(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings,
 def controls_of(folder: RunFolder) -> list[tuple[ControlKind, RunFolder]]:
     """The runs of endpoints whose truth is known, which lie in a run's own folder."""
     kinds: tuple[ControlKind, ...] = ("honest", "altered")
-    return [(kind, RunFolder(folder.path / "controls" / kind)) for kind in kinds if (folder.path / "controls" / kind).is_dir()]
+    return [
+        (kind, RunFolder(folder.path / "controls" / kind))
+        for kind in kinds
+        if (folder.path / "controls" / kind).is_dir()
+    ]
 
 
 def _library(bundle: Bundle, plan: Plan, capability: Capability) -> Library:

@@ -34,6 +34,8 @@ class Case:
         Whether the answers are none of the reference's under the official prompt, for whatever reason.
     mixed : bool
         Whether some answers are the reference's and some are not, among prompts of the same structure.
+    settled : bool
+        Whether a departure is explained so well that another rendering of the prompt need not be looked for.
     library, residuals, evidence
         Under that rendering, or the official one where it is None; None where there is no reference or there are no logprobs.
     raw_residuals, raw_evidence
@@ -53,6 +55,7 @@ class Case:
     served: str | None
     official_differs: bool
     mixed: bool = False
+    settled: bool = False
     raw_residuals: Residuals | None = None
     raw_evidence: WeightEvidence | None = None
     route: list[Observation] = field(default_factory=list)

@@ -7,13 +7,14 @@ import numpy as np
 
 from weighbridge.judge.answers import Residuals, line_up
 from weighbridge.judge.case import Case
-from weighbridge.judge.checks.weights import differs_after, is_mixed, nearest
+from weighbridge.judge.checks.weights import differs_after, is_mixed, mean_cosines, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
 from weighbridge.judge.renderings import has_system, read_prompt
 from weighbridge.judge.sizes import WeightEvidence, weigh
 from weighbridge.records import Capability, Observation, Plan, Policy, raw_twin
 from weighbridge.reference.bundle import OFFICIAL
 
+NEAREST_TRIED = 4  # renderings under which two faults at once are looked for
 Weighed = tuple[Residuals | None, WeightEvidence | None]
 
 
@@ -81,21 +82,67 @@ def _under_served(case: Case, library: Library, evidence: WeightEvidence) -> Cas
     """The case under the rendering that is served, where the answers are none of the reference's under the official one."""
     reading, policy = case.reading, case.plan.policy
     assert reading is not None
-    _, exact, family = nearest(evidence, library, policy)
     if mixed_within(case):
-        return replace(case, mixed=True)
-    if exact:
-        return case
+        return replace(case, mixed=True, settled=True)
     by_counts = reading.by_counts(policy.min_counted)
-    near = reading.nearest()
-    if near is not None and near > 0 and reading.margin(near, 0)[0] > 0:
-        found = _under(case, library, near, certain=near in by_counts)
+    order = reading.by_distance()
+    counted = [h for h in order if h in by_counts]
+    if counted and 0 not in counted:
+        found = _under(case, library, counted[0], certain=True)
+        if found is not None:
+            return found
+    best = _exactly(case, library, evidence, order)
+    if best is not None:
+        return best
+    if order and order[0] > 0 and reading.margin(order[0], 0)[0] > 0:
+        found = _under(case, library, order[0], certain=order[0] in by_counts)
         if found is not None:
             return found
     # A family is recognised under a prompt that is nearly the official one as well, so the counts must not speak against it.
-    if family and (0 in by_counts or reading.counted < policy.min_counted):
+    if nearest(evidence, library, policy)[2] and (0 in by_counts or reading.counted < policy.min_counted):
         return case
     return replace(case, served=None)
+
+
+def _exactly(case: Case, library: Library, evidence: WeightEvidence, order: list[int]) -> Case | None:
+    """The case under the rendering, the official one included, with which a recorded departure of the weights explains the most.
+
+    Two faults at once are told apart so: under any other rendering than the one that is served, more is left over.
+    """
+    policy, reading = case.plan.policy, case.reading
+    assert reading is not None
+    found: list[tuple[float, Case]] = []
+    if nearest(evidence, library, policy)[1]:
+        found.append((float(mean_cosines(evidence).max()), case))
+    compared = 0
+    for hypothesis in [h for h in order if h > 0][:NEAREST_TRIED]:
+        under = _weighed_under(case, library, hypothesis)
+        if (
+            under is None
+            or under.evidence is None
+            or under.library is None
+            or under.evidence.answers < policy.min_answers
+        ):
+            continue
+        compared += 1
+        if differs_after(under.evidence, policy) is not None and nearest(under.evidence, under.library, policy)[1]:
+            found.append((float(mean_cosines(under.evidence).max()), under))
+    if not found:
+        return None
+    best = max(found, key=lambda one: one[0])[1]
+    return replace(best, settled=compared > 0 or not order)
+
+
+def _weighed_under(case: Case, library: Library, hypothesis: int) -> Case | None:
+    """The case with the answers that were recorded under a rendering weighed under it; None where none was."""
+    assert case.reading is not None
+    rendering = case.reading.hypotheses[hypothesis].id
+    rendered = build_rendered(library, rendering)
+    if rendered is None:
+        return None
+    recorded = set(rendered.probe_ids)
+    residuals, evidence = _weighed(rendered, [o for o in case.answers if o.probe_id in recorded], case.plan.policy)
+    return replace(case, served=rendering, library=rendered, residuals=residuals, evidence=evidence)
 
 
 def _under(case: Case, library: Library, hypothesis: int, *, certain: bool) -> Case | None:
@@ -104,18 +151,14 @@ def _under(case: Case, library: Library, hypothesis: int, *, certain: bool) -> C
     assert reading is not None
     if not certain and not reading.is_nearer(hypothesis, 0):
         return None
-    rendering = reading.hypotheses[hypothesis].id
-    rendered = build_rendered(library, rendering)
-    if rendered is None:
-        return replace(case, served=rendering, residuals=None, evidence=None)
-    recorded = set(rendered.probe_ids)
-    residuals, evidence = _weighed(rendered, [o for o in case.answers if o.probe_id in recorded], policy)
-    under = replace(case, served=rendering, library=rendered, residuals=residuals, evidence=evidence)
-    if evidence is None or differs_after(evidence, policy) is None:
+    under = _weighed_under(case, library, hypothesis)
+    if under is None:
+        return replace(case, served=reading.hypotheses[hypothesis].id, residuals=None, evidence=None)
+    if under.evidence is None or under.library is None or differs_after(under.evidence, policy) is None:
         return under
-    _, exact, family = nearest(evidence, rendered, policy)
+    _, exact, family = nearest(under.evidence, under.library, policy)
     # Token counts alone are no proof: another text may be as long.
-    return under if exact or family else None
+    return replace(under, settled=exact) if exact or family else None
 
 
 def mixed_within(case: Case) -> bool:

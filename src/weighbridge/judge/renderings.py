@@ -21,6 +21,8 @@ MATCHING_SHARE = 0.95
 NEARER_CONFIDENCE = 0.999
 MIN_ANSWERS = 3
 LEAN_ANSWERS = 8
+LEAST_LEAN = 0.3
+LEAN_CONFIDENCE = 0.99
 OFF_BY = 3.0  # times what an honest stack may have on the whole: more than it has on any probe
 LOG_FAR = float(np.log(5.0))
 
@@ -80,13 +82,17 @@ class PromptReading:
         return np.flatnonzero(self.matches >= MATCHING_SHARE).tolist() if self.counted >= least else []
 
     def nearest(self) -> int | None:
-        """The rendering with the smallest residuals, over the answers that were recorded under all; None without any."""
+        """The rendering with the smallest residuals; None without any answer that was recorded under all."""
+        return next(iter(self.by_distance()), None)
+
+    def by_distance(self) -> list[int]:
+        """The renderings, nearest first, by their mean residual over the answers that were recorded under all."""
         everywhere = np.array([all(prompts) for prompts in zip(*self.prompts, strict=True)], np.bool_)
         if not everywhere.any():
-            return None
+            return []
         # A rendering with whose likely tokens nothing has in common is far.
         scales = np.nan_to_num(self.log_scales[:, everywhere], nan=LOG_FAR)
-        return int(np.argmin(scales.mean(axis=1)))
+        return [int(h) for h in np.argsort(scales.mean(axis=1), kind="stable")]
 
     def margin(self, one: int, other: int) -> tuple[float, float, int]:
         """By how much rendering `one` is nearer than `other`: mean difference of x, its lower limit, and the answers it rests on.
@@ -113,21 +119,23 @@ class PromptReading:
         """Whether rendering `one` is nearer than `other` beyond chance."""
         return self.margin(one, other)[1] > 0
 
-    def leans(self, least_cosine: float) -> tuple[int, float] | None:
+    def leans(self) -> tuple[int, float] | None:
         """The rendering that the answers lean towards, without being its, and the mean cosine; None where they lean nowhere.
 
         Texts that are put before a conversation move the answers in much the same direction, whatever they say. The whole interval
-        of the mean has to be at least `least_cosine`, at a confidence for all renderings together.
+        of the mean has to be at least `LEAST_LEAN`, at `LEAN_CONFIDENCE` for all renderings together.
         """
-        best: tuple[int, float] | None = None
+        found: list[tuple[bool, float, int]] = []
         for h in range(1, len(self.hypotheses)):
             known = self.fisher[h][np.isfinite(self.fisher[h])]
             if known.size < LEAN_ANSWERS:
                 continue
-            mean, low, _ = np.tanh(mean_interval(known, 1 - 2 * (1 - NEARER_CONFIDENCE) / len(self.hypotheses)))
-            if low >= least_cosine and (best is None or mean > best[1]):
-                best = h, float(mean)
-        return best
+            mean, low, _ = np.tanh(mean_interval(known, 1 - 2 * (1 - LEAN_CONFIDENCE) / len(self.hypotheses)))
+            if low >= LEAST_LEAN:
+                found.append((self.hypotheses[h].cause == "hidden_prompt", float(mean), h))
+        # A text of the host's own is the likelier one where both kinds are possible.
+        best = max(found, default=None)
+        return None if best is None else (best[2], best[1])
 
     def off(self, hypothesis: int, limit_nats: float) -> list[str]:
         """The probes whose answers are far from a rendering: further than an honest stack is on any."""
@@ -217,7 +225,7 @@ def has_system(probe: Probe) -> bool:
 def stands_ahead(bundle: Bundle, rendering: str, probe_id: str) -> bool:
     """Whether a rendering differs from the official one only in what stands before the last words of a probe's prompt."""
     prompts = [bundle.prompt_of(name) for name in (probe_id, rendered_id(probe_id, rendering))]
-    shorter = min(len(prompt) for prompt in prompts) // 2
+    shorter = min(len(prompt) for prompt in prompts) // 4
     return prompts[0][-shorter:] == prompts[1][-shorter:]
 
 

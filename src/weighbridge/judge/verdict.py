@@ -24,7 +24,6 @@ from weighbridge.judge.checks.weights import (
     may_be_mixed,
 )
 from weighbridge.judge.faults import explain
-from weighbridge.judge.library import build_rendered
 from weighbridge.records import (
     AXES,
     Axis,
@@ -46,18 +45,19 @@ CHECKS: tuple[Check, ...] = (
     check_counting, check_parameters, check_caching, check_reasoning,
 )  # fmt: skip
 # Answers after which every recorded rendering has had its chance.
-ENOUGH_FOR_A_PROMPT = 8
+ENOUGH_FOR_A_PROMPT = 16
 
 
 def is_decided(case: Case) -> bool:
     """Whether further answers of this kind would change nothing that the policy requires."""
     evidence, policy = case.evidence, case.plan.policy
-    if case.served is None:
-        return len(case.answers) >= ENOUGH_FOR_A_PROMPT
+    if evidence is not None and case.served is not None and is_consistent(evidence, policy):
+        return True
+    if case.official_differs and not case.settled:
+        rendered = rendered_probes(case)
+        return sum(o.probe_id in rendered for o in case.answers) >= min(ENOUGH_FOR_A_PROMPT, len(rendered))
     if evidence is None:
         return False
-    if is_consistent(evidence, policy):
-        return True
     if looks_like_temperature(evidence, policy):
         return evidence.answers >= answers_for_consistent(evidence, policy)
     if differs_after(evidence, policy) is None or (case.served == OFFICIAL and may_be_mixed(evidence, policy)):
@@ -75,11 +75,18 @@ def is_decided_raw(case: Case) -> bool:
 
 def useful_probes(case: Case) -> set[str] | None:
     """The probes that can still tell something; None for all."""
-    if case.served in (None, OFFICIAL) or case.library is None:
+    if not case.official_differs or case.settled or case.library is None or not rendered_probes(case):
         return None
-    official = case.library if case.library.rendering == OFFICIAL else None
-    rendered = case.library if official is None else build_rendered(official, str(case.served))
-    return set() if rendered is None else set(rendered.probe_ids)
+    return rendered_probes(case)
+
+
+def rendered_probes(case: Case) -> set[str]:
+    """The probes that are recorded under another rendering than the official one."""
+    if case.library is None:
+        return set()
+    bundle, level = case.library.bundle, case.plan.level
+    pools = [pool for pool in bundle.manifest.pools if pool.level == level and pool.rendering != OFFICIAL]
+    return {probe_id.split("@")[0] for pool in pools for probe_id in bundle.usable_probes(pool)}
 
 
 def judge(

@@ -76,7 +76,10 @@ _GEMMA = (
 )
 _DEFAULT_ALWAYS = (
     "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM_PROMPT + "<|im_end|>\n' }}"
-    "{% for message in messages %}{% if message['role'] != 'system' %}" + _TURN + "{% endif %}{% endfor %}" + _GENERATION
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    + _TURN
+    + "{% endif %}{% endfor %}"
+    + _GENERATION
 )
 
 

@@ -61,7 +61,9 @@ class Pool:
     @property
     def identity(self) -> PoolIdentity:
         """Name, version and digest: the SHA-256 of the canonical JSON of all probes."""
-        digest = sha256_hex(canonical_bytes([probe.model_dump(mode="json", exclude_none=True) for probe in self.probes]))
+        digest = sha256_hex(
+            canonical_bytes([probe.model_dump(mode="json", exclude_none=True) for probe in self.probes])
+        )
         return PoolIdentity(id=self.description.id, version=self.description.version, sha256=digest)
 
 
@@ -136,7 +138,9 @@ def write_pool(
         f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f")
         for key, value in description.items()
     ]
-    texts = [json.dumps(probe.model_dump(mode="json", exclude_none=True), ensure_ascii=False) + "\n" for probe in probes]
+    texts = [
+        json.dumps(probe.model_dump(mode="json", exclude_none=True), ensure_ascii=False) + "\n" for probe in probes
+    ]
     write_atomically(folder / "probes.jsonl", "".join(texts).encode())
     write_atomically(folder / "pool.toml", "".join(lines).encode())
     return load_pool(str(folder))

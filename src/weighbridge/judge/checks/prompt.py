@@ -1,5 +1,6 @@
 """Is the prompt ours? Token counts and answers against the reference's own rendering, and against every other recorded one."""
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -8,14 +9,15 @@ from weighbridge.judge.case import Case
 from weighbridge.judge.checks.weights import is_consistent, mean_cosines, nearest
 from weighbridge.judge.renderings import MATCHING_SHARE, PromptReading, stands_ahead
 from weighbridge.records import Cause, Effect, Finding
-from weighbridge.reference.bundle import OFFICIAL
+from weighbridge.reference.bundle import OFFICIAL, Bundle
 
 # A slope of the counts on the official ones beyond which, with nothing else to explain it, another tokenizer is at work.
 OTHER_TOKENIZER_SLOPE = 0.05
+FAR_OFF = 2.0  # times further than that: beyond any noise, so that one prompt suffices
 STRUCTURES_OFF = (
     2  # prompts of a structure of their own whose answers are far off, where all others are the reference's
 )
-SAME_TOKENIZER_LISTED = 0.5  # of the returned tokens
+MOST_FOREIGN = 0.1  # of the returned tokens may be misspelt; the rest stands in the reference's vocabulary
 
 
 def check_prompt(case: Case) -> Finding:
@@ -36,14 +38,8 @@ def check_prompt(case: Case) -> Finding:
     if case.served is not None and case.served != OFFICIAL:
         return _other_rendering(case, reading, by_counts, details, shift)
     limit = max(null.limit_nats for null in case.library.nulls) if case.library is not None else 0.0
-    own = {r.probe.id for r in case.plan.prompt_requests}
-    off = [probe_id for probe_id in reading.off(0, limit) if probe_id in own]
-    miscounted = (
-        {p for p, offset in zip(reading.counted_structures, reading.offsets[0], strict=True) if offset != 0}
-        if reading.counted
-        else set()
-    )
-    if not case.official_differs and (len(off) >= STRUCTURES_OFF or miscounted & set(off)):
+    off = _structures_off(case, reading, limit)
+    if off:
         kinds = ", ".join(r.probe.purpose for r in case.plan.prompt_requests if r.probe.id in off)
         return _finding(
             "inconsistent", f"Prompts of some structures are not served as the official template renders them: {kinds}",
@@ -97,6 +93,19 @@ def check_prompt(case: Case) -> Finding:
     )  # fmt: skip
 
 
+def _structures_off(case: Case, reading: PromptReading, limit_nats: float) -> list[str]:
+    """The structures of which prompts are not served officially, where those of most are."""
+    own = {r.probe.id for r in case.plan.prompt_requests}
+    off = [probe_id for probe_id in reading.off(0, limit_nats) if probe_id in own]
+    compared = len(own & set(reading.structures))
+    if case.official_differs or 2 * len(off) > compared:
+        return []
+    far = set(reading.off(0, FAR_OFF * limit_nats))
+    counts = zip(reading.counted_structures, reading.offsets[0], strict=True)
+    miscounted = {probe_id for probe_id, offset in counts if offset != 0}
+    return off if len(off) >= STRUCTURES_OFF or (miscounted | far) & set(off) else []
+
+
 def _other_rendering(
     case: Case, reading: PromptReading, by_counts: list[int], details: dict[str, Any], shift: list[Effect]
 ) -> Finding:
@@ -129,10 +138,10 @@ def _unknown(
         cause, what, length = explain_counts(reading)
         if length is not None:
             shift = [*shift, Effect(name="length of what was added", value=length, unit="tokens")]
-        listed = case.residuals.listed_share if case.residuals is not None else np.zeros(0)
-        if cause == "none_of_these" and listed.size and listed.mean() < SAME_TOKENIZER_LISTED:
+        foreign = _foreign_share(case)
+        if cause == "none_of_these" and foreign > MOST_FOREIGN:
             cause = "other_model"
-            what += "; most returned tokens are unknown to the reference: another tokenizer"
+            what += f"; {foreign:.0%} of the returned tokens are none of the reference's vocabulary: another tokenizer"
         # Counts that follow nothing may be estimates, and say nothing of the prompt.
         if cause != "none_of_these":
             return _finding("inconsistent", what, cause=cause, effects=shift, **common)
@@ -146,7 +155,7 @@ def _unknown(
             "inconsistent", f"The prompt is not the official one: of the recorded renderings the answers are nearest to this one, and not its either: {record.description}",
             cause="hidden_prompt" if _stands_ahead(case, record.id) else "template", effects=shift, **common,
         )  # fmt: skip
-    leaning = reading.leans(case.plan.policy.family_cosine)
+    leaning = reading.leans()
     if leaning is not None and leaning[1] > _nearest_cosine(case):
         record = reading.hypotheses[leaning[0]]
         return _finding(
@@ -162,6 +171,21 @@ def _unknown(
         effects=shift,
         **common,
     )
+
+
+def _foreign_share(case: Case) -> float:
+    """The share of returned tokens that the reference's tokenizer does not have."""
+    if case.library is None:
+        return 0.0
+    known = vocabulary_names(case.library.bundle)
+    names = [t.bytes_hex for o in (*case.prompt_answers, *case.answers) for t in o.top or [] if t.bytes_hex]
+    return sum(name not in known for name in names) / len(names) if names else 0.0
+
+
+@lru_cache(maxsize=2)
+def vocabulary_names(bundle: Bundle) -> frozenset[str]:
+    """Every token of a tokenizer, as its bytes in hexadecimal digits."""
+    return frozenset(token.hex() for token in bundle.vocabulary)
 
 
 def _stands_ahead(case: Case, rendering: str) -> bool:
@@ -224,13 +248,13 @@ def _mode(values: Any) -> int:
 
 
 def _by_turns(reading: PromptReading) -> tuple[int, int] | None:
-    """Constant and tokens for each message that give (nearly) every offset, or None."""
+    """Constant and tokens for each message that give every offset but for a merged token, or None."""
     turns, offsets = reading.turns, reading.offsets[0]
     if len(np.unique(turns)) < 3:
         return None
     slope, constant = np.polyfit(turns, offsets, 1)
     whole = (round(float(constant)), round(float(slope)))
-    fits = offsets == whole[0] + whole[1] * turns
+    fits = np.abs(offsets - whole[0] - whole[1] * turns) <= 1
     return whole if whole[1] != 0 and fits.mean() >= MATCHING_SHARE else None
 
 
@@ -247,8 +271,8 @@ def _explained_by_weights(case: Case) -> bool:
     """Whether a recorded variant under the official prompt leaves nothing over."""
     if not case.official_differs or case.served != OFFICIAL or case.evidence is None or case.library is None:
         return False
-    _, exact, family = nearest(case.evidence, case.library, case.plan.policy)
-    return exact or case.mixed or family
+    exact = nearest(case.evidence, case.library, case.plan.policy)[1]
+    return exact or case.mixed
 
 
 def _default_changed(case: Case) -> str | None:
