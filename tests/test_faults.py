@@ -528,14 +528,14 @@ def test_resume_asks_only_what_was_not_answered(
         answered = {request.prompt for request in server.requests[:3]}
         kept = (run / "exchanges.jsonl").read_bytes()
         server.answer = well_formed
-        ended = weighbridge_cli("resume", run, "--max-requests", before + 2)
+        ended = weighbridge_cli("resume", run, "--max-requests", before + 1)
         again = [request.prompt for request in server.requests[before:]]
     assert_nobody_is_accused(ended, run)
     assert ended.code == BUDGET
     assert (run / "exchanges.jsonl").read_bytes().startswith(kept), "what was collected is kept"
-    assert len(again) == 2
+    assert len(again) == 1
     assert not answered & set(again)
-    assert verdict_of(run)["answers_used"] == 3
+    assert verdict_of(run)["answers_used"] == 2  # a third made-up answer would differ
 
 
 def test_resume_after_a_kill_asks_the_request_that_was_under_way(

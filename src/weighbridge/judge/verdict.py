@@ -146,7 +146,7 @@ def judge(
         not_excluded=weights.not_excluded,
         excluded=weights.excluded,
         sentence=sentence,
-        error_rate=_error_rate(case, word),
+        error_rate=_error_rate(case, word, cause),
         effective_noise_nats=next((e for e in weights.effects if e.name == "effective noise"), None),
         answers_used=weights.answers_used,
         requests_sent=requests_sent,
@@ -283,9 +283,14 @@ def _interruption(word: VerdictWord, stopped_because: str, observations: list[Ob
     return ""
 
 
-def _error_rate(case: Case, word: VerdictWord) -> str:
+def _error_rate(case: Case, word: VerdictWord, cause: Cause | None) -> str:
     policy = case.plan.policy
     if word == "differs":
+        if cause in ("sampling", "route"):
+            return (
+                f"This rests on the endpoint's own words: tokens against the logprobs that came with them, names against names. An e-value of {policy.differs_e_value:g} is reached "
+                "by honest draws at most once in as many audits; limits of a temperature are where its likelihood has fallen by 4 nats. A single night is not a replication."
+            )
         families = case.library.families if case.library is not None else []
         limit = case.evidence.null.limit_nats if case.evidence is not None else policy.null_scale_floor_nats
         return (

@@ -60,7 +60,8 @@ def cut_off(cells_nats: Floats, *, least_of_likeliest: float, listed_only: bool)
     listed_only : bool
         Whether what is not listed is left out, as a ``top_k`` of about the list's length does.
     """
-    kept = cells_nats >= cells_nats.max(axis=1, keepdims=True) + np.log(max(least_of_likeliest, _LEAST))
+    likeliest = cells_nats[:, :-1].max(axis=1, keepdims=True)
+    kept = cells_nats >= likeliest + np.log(max(least_of_likeliest, _LEAST))
     # What is not listed is many tokens, each less likely than the listed ones.
     kept[:, -1] = not listed_only and least_of_likeliest == 0
     cut = np.where(kept, cells_nats, -np.inf)
