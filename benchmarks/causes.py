@@ -175,13 +175,13 @@ def whole_audits(bundle: Bundle, library: Library, seeds: int) -> Iterator[tuple
                 yield name, judged(name, seen, library), seen[2]
         for variant in (*FORGED, *FORGED_REPORTED):
             with lab_backend(VARIANTS[variant], say) as writer:
-                for seed in range(min(seeds, 3)):
+                for seed in range(min(seeds, 2)):
                     with Front(writer.port, Lies(), forged_port=honest.port) as front:
                         seen = live(f"forged-{variant}", front, seed, bundle)
                     yield f"forged-{variant}", judged(f"forged-{variant}", seen, library), seen[2]
     hidden = [c for c in conditions() if c.kind == "hidden" and c.weights == "f16"]
     for variant in ("f16", *RAW):
-        for seed, condition in enumerate(random.Random(7).sample(hidden, min(seeds, 4))):
+        for seed, condition in enumerate(random.Random(7).sample(hidden, min(seeds, 3))):
             what: Variant = dataclasses.replace(VARIANTS[variant], template=condition.template)
             with lab_backend(what, say) as server, Front(server.port, Lies(), completions=True) as front:
                 seen = live(f"raw-{variant}", front, seed, bundle)
@@ -239,7 +239,7 @@ def measure(document: Document, seed: int, quick: bool) -> None:
 
     whole: dict[str, list[Audited]] = {}
     spent: dict[str, list[dict[str, Observation]]] = {}
-    for name, audited, observations in whole_audits(bundle, library, 1 if quick else 10):
+    for name, audited, observations in whole_audits(bundle, library, 1 if quick else 5):
         whole.setdefault(name, []).append(audited)
         spent.setdefault(name, []).append(observations)
     lying = [(name, a) for name in SAMPLING_LIES for a in whole[name]]

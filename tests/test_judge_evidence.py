@@ -421,7 +421,7 @@ def test_a_residual_that_nothing_recorded_explains_is_not_blamed_on_the_weights(
 def test_wrong_prompts_are_no_departures_of_the_weights() -> None:
     assert {stack.departure for stack in whole_library().variants} <= set(JUDGED)
     assert {stack.departure for stack in bundle().manifest.stacks} == {None, *JUDGED}
-    assert {h.cause for h in bundle().manifest.hypotheses} == {None, "template"}
+    assert {h.cause for h in bundle().manifest.hypotheses} == {None, "template", "hidden_prompt"}
 
 
 # -- every answer once -----------------------------------------------------------------------------------------

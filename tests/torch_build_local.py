@@ -44,11 +44,11 @@ INT8 = {
 INT4 = {
     "id": "int4", "description": "int4", "departure": "precision", "departure_class": "int4", "local": {"weights": "int4-g64", "batch": 4},
 }  # fmt: skip
-OTHER_TEMPLATE = {
-    "id": "no-system", "description": "no default system prompt", "departure": "template", "rendering": "no-default-system", "local": {"batch": 4},
-}  # fmt: skip
-STACKS = [FLOAT32, BFLOAT16, INT8, OTHER_TEMPLATE]
-SHARDS = 4 * 3  # of 11 + 1 probes, four at a time
+STACKS = [FLOAT32, BFLOAT16, INT8, INT4]
+OTHER_TEMPLATE = "no-default-system"
+RENDERED = 4  # probes that are recorded under the other template as well, and on which stacks
+RENDERED_ON = ("hf-float32", "int8")
+SHARDS = 2 * 3 + 2 * 4  # of 11 + 1 probes, four at a time, and the rendered ones after them
 
 _BUILD = """
 import json, sys
@@ -70,6 +70,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pools, 12 probes together: 11 of one token, and one forced text."""
     folder = tmp_path_factory.mktemp("workshop")
     shortest = sorted(load_pool("chat-one-token").probes, key=lambda probe: len(probe.messages[0].content))[:11]
+    # One has a system message of its own, which no template replaces; it stands first.
+    shortest.sort(key=lambda probe: probe.messages[0].role)
+    assert [probe.messages[0].role for probe in shortest[:2]] == ["system", "user"]
     write_pool(folder / "few", "few", "L3", shortest, visibility="public", motivation="a test")
     forced = Probe(
         id="forced-tea", purpose="a forced text",
@@ -82,11 +85,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec_of(stacks: list[dict[str, Any]], **changes: Any) -> Spec:
+    pools: list[dict[str, Any]] = [{"name": "few"}, {"name": "forced"}]
+    rendered_on = [stack["id"] for stack in stacks if stack["id"] in RENDERED_ON]
+    pools.append({"name": "few", "renderings": [OTHER_TEMPLATE], "first": RENDERED, "only_on": rendered_on})
     document = {
         "schema": "weighbridge/reference-spec/3", "id": "small", "version": 1, "model": "SmolLM2-135M-Instruct", "model_names": [],
         "keeper": "a test", "top_k": 40, "shard": 4, "weights": {"source": "the lab", "precision": "bfloat16", "lab": True},
-        "pool": [{"name": "few"}, {"name": "forced"}], "stack": stacks,
-        "hypothesis": [{"id": "no-default-system", "cause": "template", "lab_variant": "no-default-system"}],
+        "pool": pools, "stack": stacks,
+        "hypothesis": [{"id": OTHER_TEMPLATE, "cause": "template", "lab_variant": OTHER_TEMPLATE}],
     }  # fmt: skip
     return checked(Spec, document | changes, "a test's spec")
 
@@ -303,9 +309,9 @@ def test_stacks_that_were_built_apart_merge_to_the_bundle_of_one_machine(
     workshop: Path, whole: Bundle, tmp_path: Path
 ) -> None:
     first = build(workshop, tmp_path / "first", [FLOAT32, BFLOAT16])
-    second = build(workshop, tmp_path / "second", [FLOAT32, INT8, OTHER_TEMPLATE], first)
+    second = build(workshop, tmp_path / "second", [FLOAT32, INT8, INT4], first)
     log = [json.loads(line)["stack"] for line in (tmp_path / "second" / "build-log.jsonl").read_text().splitlines()]
-    assert set(log) == {"int8", "no-system"}  # the reference was not run a second time
+    assert set(log) == {"int8", "int4"}  # the reference was not run a second time
     manifest, arrays, _ = merge([first, second])
     assert arrays == (whole.path / "arrays.npz").read_bytes()
     assert _document(manifest) == _document(whole.manifest)
@@ -343,7 +349,9 @@ def test_a_real_llamacpp_of_the_same_weights_is_as_near_as_half_floats_are(compa
     assert 1e-4 < noise["lab-f16"] < 0.006
     # Stated in the manifest as it is computed here, over the 20 likeliest tokens of each one-token probe.
     base = compared.logprobs_nats[0].astype(np.float64)
-    rows = [compared.row_index[name] for name in compared.manifest.probe_ids if name != "forced-tea"]
+    official = compared.pool_at("L3")
+    assert official is not None
+    rows = [compared.row_index[compared.manifest.probe_ids[i]] for i in official.probes]
     assert len(rows) == 11
     columns, own = own_top(compared.logprobs_nats[1][rows].astype(np.float64), 20)
     scales = log_scale(centred_difference(own, np.take_along_axis(base[rows], columns, axis=1)))
@@ -395,15 +403,37 @@ def test_every_stack_is_recorded_with_what_it_is(whole: Bundle) -> None:
     assert 0.03 < noise["hf-bfloat16"] < 0.09
     # The one honest stack beside the reference is noisier than int8, so that int8 cannot be told from it by size.
     assert stacks["int8"].indistinguishable == (noise["int8"] < noise["hf-bfloat16"])
-    assert not stacks["no-system"].indistinguishable
-    assert noise["no-system"] > 2 * noise["hf-bfloat16"]
-    assert not np.isnan(whole.logprobs_nats).any()
-    other = whole.prompt_tokens[[h.id for h in whole.manifest.hypotheses].index("no-default-system")]
+    assert not stacks["int4"].indistinguishable
+    assert noise["int4"] > 2 * noise["hf-bfloat16"]
+
+
+def test_another_rendering_is_recorded_after_the_official_one_where_it_was_asked(whole: Bundle) -> None:
     probes = [probe for name in ("few", "forced") for probe in load_pool(str(whole.path / "pools" / name)).probes]
-    own_system = [probe.messages[0].role == "system" for probe in probes]
-    assert not all(own_system)
-    assert (other < whole.prompt_tokens[0]).tolist() == [not own for own in own_system]
+    ids = [probe.id for probe in probes]
+    rendered = [f"{name}@{OTHER_TEMPLATE}" for name in ids[:RENDERED]]
+    assert whole.manifest.probe_ids == ids + rendered
+    assert [pool.key for pool in whole.manifest.pools] == ["few", "forced", f"few@{OTHER_TEMPLATE}"]
+    pool = whole.pool_at("L3", OTHER_TEMPLATE)
+    assert pool is not None
+    assert whole.usable_probes(pool) == rendered
+    own_system = np.array([probe.messages[0].role == "system" for probe in probes + probes[:RENDERED]])
+    other = whole.prompt_tokens[[h.id for h in whole.manifest.hypotheses].index(OTHER_TEMPLATE)]
+    assert (other < whole.prompt_tokens[0]).tolist() == (~own_system).tolist()
     assert (other[own_system] == whole.prompt_tokens[0][own_system]).all()
+    for i, name in enumerate(ids[:RENDERED]):
+        prompt, official = whole.prompt_of(rendered[i]), whole.prompt_of(name)
+        assert len(prompt) == other[i]
+        assert (prompt == official) == own_system[i]
+        found, known = (whole.logprobs_nats[0, whole.row_index[one]] for one in (rendered[i], name))
+        # The same tokens are answered alike, up to rounding; without the default system message, otherwise.
+        assert (float(np.abs(found - known).max()) < 1e-3) == own_system[i]
+    rows = np.isin(whole.row_probe, pool.probes)
+    assert np.isfinite(whole.logprobs_nats[:, ~rows]).all()
+    for stack, values in zip(whole.manifest.stacks, whole.logprobs_nats, strict=True):
+        asked = stack.id in RENDERED_ON
+        assert (pool.key in stack.pools) == asked
+        assert np.isnan(values[rows]).all() != asked
+        assert np.isfinite(values[rows]).all() == asked
     assert (whole.path / "pools" / "few" / "probes.jsonl").is_file()
 
 

@@ -102,6 +102,7 @@ def _from_stream(raw: str) -> dict[str, Any]:
     texts: list[str] = []
     content: list[Any] = []
     choice: dict[str, Any] = {}
+    found = False
     for line in re.split(r"[\r\n]+", raw)[:_MAX_EVENTS]:
         if not line.startswith("data:") or line.removeprefix("data:").strip() == "[DONE]":
             continue
@@ -121,6 +122,8 @@ def _from_stream(raw: str) -> dict[str, Any]:
             texts.append(delta["content"])
         if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
             content += logprobs["content"]
+        found = True
+    if found:
         document["choices"] = [choice | {"message": {"content": "".join(texts)}, "logprobs": {"content": content}}]
     return document
 

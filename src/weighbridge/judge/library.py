@@ -229,7 +229,11 @@ def _build(
 
     reference_rows = values_of(reference)
     differences = np.stack([values_of(bundle.stack_index[s.id]) for s in variants]) - reference_rows
-    tops = [_Top.of(values_of(bundle.stack_index[s.id]), reference_rows, top_k) for s in honest]
+    # An endpoint's list gives special tokens no names, so they are compared nowhere.
+    named = np.zeros(reference_rows.shape, np.bool_)
+    for i, row in enumerate(rows.tolist()):
+        named[i, list(bundle.columns_of_row(row).values())] = True
+    tops = [_Top.of(values_of(bundle.stack_index[s.id]), reference_rows, named, top_k) for s in honest]
     n = len(probe_ids)
 
     def scales(residual: Floats) -> Floats:
@@ -238,7 +242,7 @@ def _build(
     honest_scales = np.stack([scales(top.residual) for top in tops])
     variant_scales = np.stack(
         [
-            scales(_Top.of(values_of(bundle.stack_index[s.id]), reference_rows, top_k).residual)
+            scales(_Top.of(values_of(bundle.stack_index[s.id]), reference_rows, named, top_k).residual)
             for s in variants
         ]
     )  # fmt: skip
@@ -324,8 +328,9 @@ class _Top:
     residual: Floats
 
     @classmethod
-    def of(cls, values: Floats, reference_rows: Floats, top_k: int) -> "_Top":
+    def of(cls, values: Floats, reference_rows: Floats, named: NDArray[np.bool_], top_k: int) -> "_Top":
         columns, own = own_top(values, top_k)
+        own = np.where(np.take_along_axis(named, columns, axis=1), own, np.nan)
         reference = np.take_along_axis(reference_rows, columns, axis=1)
         return cls(columns, own, reference, centred_difference(own, reference))
 

@@ -115,7 +115,7 @@ def _exactly(case: Case, library: Library, evidence: WeightEvidence, order: list
     if nearest(evidence, library, policy)[1]:
         found.append((float(mean_cosines(evidence).max()), case))
     compared = 0
-    for hypothesis in [h for h in order if h > 0][:NEAREST_TRIED]:
+    for hypothesis in [h for h in order if h > 0 and reading.margin(h, 0)[2] >= policy.min_answers][:NEAREST_TRIED]:
         under = _weighed_under(case, library, hypothesis)
         if (
             under is None

@@ -44,7 +44,9 @@ def check_caching(case: Case) -> Finding:
         notes.append("the same request at temperature 0 gives another text each time")
     text = "; ".join(notes) if notes else "no sign of stored answers"
     return _finding(
-        "consistent", f"Each request is answered anew: {text}" if not repeated else text.capitalize(), details=details
+        "consistent",
+        f"Each request is answered anew: {text}" if not repeated else f"{text[0].upper()}{text[1:]}",
+        details=details,
     )
 
 

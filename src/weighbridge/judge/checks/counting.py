@@ -36,18 +36,21 @@ def check_counting(case: Case) -> Finding:
             wrong.append(f"{off} of {len(spent)} completion token counts are not the numbers of tokens that came")
     plain, stream = case.sampling.get("cold"), case.sampling.get("stream")
     if plain is not None and stream is not None and plain.answered and stream.answered:
-        if stream.prompt_tokens is not None and plain.prompt_tokens is not None:
+        if not stream.streamed:
+            wrong.append("a stream was asked for and not given")
+        elif stream.prompt_tokens is not None and plain.prompt_tokens is not None:
             checked.append("a stream")
             if stream.prompt_tokens != plain.prompt_tokens:
                 wrong.append(
                     f"a stream counts {stream.prompt_tokens} prompt tokens where the same request without one counts {plain.prompt_tokens}"
                 )
-        elif not stream.streamed:
-            wrong.append("a stream was asked for and not given")
     details = {"checked": checked, "latency_s": latency(case.observed)}
     if wrong:
         return _finding(
-            "inconsistent", f"{'; '.join(wrong)}".capitalize(), details=details, to_resolve="Ask the host how it counts"
+            "inconsistent",
+            f"{wrong[0][0].upper()}{'; '.join(wrong)[1:]}",
+            details=details,
+            to_resolve="Ask the host how it counts",
         )
     if checked:
         return _finding(

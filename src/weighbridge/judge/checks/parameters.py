@@ -187,7 +187,7 @@ def _bias(case: Case) -> Treatment:
     request = next(r for r in case.plan.sampling_requests if r.probe.id == "sampling-bias")
     wanted = case.library.bundle.vocabulary[int(next(iter(request.settings["logit_bias"])))].decode("utf-8", "replace")
     text = case.sampling["bias"].text
-    return "unclear" if text is None else "honoured" if text.strip() == wanted.strip() else "ignored"
+    return "unclear" if text is None else "honoured" if text.strip().startswith(wanted.strip()) else "ignored"
 
 
 def _tools(case: Case) -> Treatment:

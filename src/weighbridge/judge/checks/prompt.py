@@ -9,7 +9,7 @@ from weighbridge.judge.case import Case
 from weighbridge.judge.checks.weights import is_consistent, mean_cosines, nearest
 from weighbridge.judge.renderings import MATCHING_SHARE, PromptReading, stands_ahead
 from weighbridge.records import Cause, Effect, Finding
-from weighbridge.reference.bundle import OFFICIAL, Bundle
+from weighbridge.reference.bundle import OFFICIAL, Bundle, rendered_id
 
 # A slope of the counts on the official ones beyond which, with nothing else to explain it, another tokenizer is at work.
 OTHER_TOKENIZER_SLOPE = 0.05
@@ -134,6 +134,12 @@ def _unknown(
     """The answers are not the reference's, and no recorded rendering or variant makes them so."""
     remedy = "Ask the host what it puts before or around the messages; raw completions, where they are offered, judge the weights without it"
     common: dict[str, Any] = {"details": details, "to_resolve": remedy}
+    if by_counts and 0 not in by_counts:
+        record = reading.hypotheses[by_counts[0]]
+        return _finding(
+            "inconsistent", f"The token counts of {reading.counted} prompts are those of another rendering, and the answers are not the reference's under it either: {record.description}",
+            cause=record.cause or "template", effects=shift, **common,
+        )  # fmt: skip
     if reading.counted >= case.plan.policy.min_counted and 0 not in by_counts:
         cause, what, length = explain_counts(reading)
         if length is not None:
@@ -148,13 +154,6 @@ def _unknown(
     default = _default_changed(case)
     if default is not None:
         return _finding("inconsistent", default, cause="hidden_prompt", effects=shift, **common)
-    near = reading.nearest()
-    if near is not None and near > 0 and reading.is_nearer(near, 0):
-        record = reading.hypotheses[near]
-        return _finding(
-            "inconsistent", f"The prompt is not the official one: of the recorded renderings the answers are nearest to this one, and not its either: {record.description}",
-            cause="hidden_prompt" if _stands_ahead(case, record.id) else "template", effects=shift, **common,
-        )  # fmt: skip
     leaning = reading.leans()
     if leaning is not None and leaning[1] > _nearest_cosine(case):
         record = reading.hypotheses[leaning[0]]
@@ -190,8 +189,12 @@ def vocabulary_names(bundle: Bundle) -> frozenset[str]:
 
 def _stands_ahead(case: Case, rendering: str) -> bool:
     """Whether a rendering differs only in what stands before the user's words."""
-    asked = next((o.probe_id for o in (*case.prompt_answers, *case.answers) if o.top is not None), None)
-    return case.library is not None and asked is not None and stands_ahead(case.library.bundle, rendering, asked)
+    if case.library is None:
+        return False
+    bundle = case.library.bundle
+    asked = [o.probe_id for o in (*case.prompt_answers, *case.answers)]
+    recorded = next((p for p in asked if rendered_id(p, rendering) in bundle.probe_index), None)
+    return recorded is not None and stands_ahead(bundle, rendering, recorded)
 
 
 def _nearest_cosine(case: Case) -> float:

@@ -132,7 +132,8 @@ def _positions(case: Case, names: Iterable[str]) -> list[tuple[TopToken | None, 
     """Every position of some texts.
 
     Left out are a token without a name, which is a part of a character, and a place where the likeliest token has been there
-    before: a penalty on repeating, which some servers apply by themselves, may have passed it over.
+    before: a penalty on repeating, which some servers apply by themselves, may have passed it over. Whether it did must not decide: what is
+    left has to be a draw like any other.
     """
     out: list[tuple[TopToken | None, list[TopToken]]] = []
     asked = {r.probe.id.removeprefix("sampling-"): r.probe for r in case.plan.sampling_requests}
@@ -144,8 +145,7 @@ def _positions(case: Case, names: Iterable[str]) -> list[tuple[TopToken | None, 
             token = TopToken(bytes_hex=position.bytes_hex or "", logprob_nats=position.logprob_nats or 0.0)
             named = known and position.bytes_hex != ""
             likeliest = bytes.fromhex(position.top[0].bytes_hex).strip() if position.top else b""
-            passed_over = token.bytes_hex != position.top[0].bytes_hex if position.top else False
-            if not (passed_over and likeliest in before):
+            if likeliest not in before:
                 out.append((token if named else None, position.top))
             before += bytes.fromhex(token.bytes_hex)
     return out
