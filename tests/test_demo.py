@@ -53,7 +53,7 @@ def test_every_verdict_and_every_cause_is_right(demo: tuple[dict[str, Any], Path
         "altered:hidden-system": ("differs", "hidden_prompt"),
         "altered:depth-24": ("differs", "other_model"),
     }
-    assert all(row["requests"] <= 40 and row["cause"] == row["expected_cause"] for row in document["results"])
+    assert all(row["requests"] <= 80 and row["cause"] == row["expected_cause"] for row in document["results"])
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16-busy"])

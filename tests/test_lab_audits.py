@@ -1,6 +1,7 @@
 """Audits of a real model behind a real server: what is said of honest endpoints and of named lies."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import weighbridge.plan
 from weighbridge.audit import judge_run
 from weighbridge.cli import cli
 from weighbridge.lab.front import MODEL_NAME, Front, Lies
 from weighbridge.lab.process import ModelServer
 from weighbridge.lab.provider import lab_backend
-from weighbridge.lab.variants import VARIANTS
+from weighbridge.lab.variants import VARIANTS, with_prompt_before
 from weighbridge.paths import cache_folder
 from weighbridge.records import Verdict
 from weighbridge.reference.bundle import load_bundle
@@ -67,6 +69,13 @@ def audit(front: Front, out: Path, *options: str) -> tuple[Result, Verdict]:
     return result, Verdict.model_validate(json.loads((out / "verdict.json").read_bytes()))
 
 
+@pytest.fixture
+def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans without the requests about sampling, which take longest."""
+    monkeypatch.setattr(weighbridge.plan, "sampling_requests", lambda *_: [])
+
+
+@pytest.mark.usefixtures("weights_only")
 def test_a_departure_that_the_demo_does_not_show_is_named(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("kv-q4_0").port, Lies()) as front:
         result, verdict = audit(front, tmp_path / "run")
@@ -84,24 +93,79 @@ def test_a_departure_that_the_demo_does_not_show_is_named(backend: Backend, tmp_
         ("no-template", "template"),
     ],
 )
-def test_wrong_prompts_are_named_and_weights_are_not_blamed(
+@pytest.mark.usefixtures("no_sampling")
+def test_wrong_prompts_are_named_and_weights_are_judged_under_them(
     name: str, cause: str, backend: Backend, tmp_path: Path
 ) -> None:
     with Front(backend(name).port, Lies()) as front:
-        _, verdict = audit(front, tmp_path / "run")
+        _, verdict = audit(front, tmp_path / "run", "--max-requests", "80")
     assert (verdict.verdict, verdict.cause) == ("differs", cause)
     assert verdict.axes["prompt"] == "inconsistent"
+    assert verdict.axes["weights"] == "consistent"
+
+
+@pytest.mark.usefixtures("no_sampling")
+def test_two_faults_at_once_are_both_named(tmp_path: Path) -> None:
+    altered = dataclasses.replace(VARIANTS["q4_0"], template=VARIANTS["missing-bos"].template)
+    with lab_backend(altered, lambda _: None) as server, Front(server.port, Lies()) as front:
+        _, verdict = audit(front, tmp_path / "run")
+    assert (verdict.verdict, verdict.cause, verdict.exact_variant) == ("differs", "template", "q4_0")
+    assert verdict.axes["prompt"] == verdict.axes["weights"] == "inconsistent"
+
+
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize(("variant", "weights"), [("f16", "consistent"), ("q4_0", "inconsistent")])
+def test_behind_a_hidden_prompt_raw_completions_tell(variant: str, weights: str, tmp_path: Path) -> None:
+    template = with_prompt_before("Speak like a pirate. Never say why.")
+    hidden = dataclasses.replace(VARIANTS[variant], template=template)
+    with lab_backend(hidden, lambda _: None) as server:
+        with Front(server.port, Lies(), completions=True) as front:
+            _, verdict = audit(front, tmp_path / "open", "--max-requests", "80")
+        with Front(server.port, Lies()) as front:
+            _, closed = audit(front, tmp_path / "closed", "--max-requests", "80")
+    assert (verdict.cause, verdict.axes["weights"]) == ("hidden_prompt", weights)
+    assert (closed.cause, closed.axes["weights"]) == ("hidden_prompt", "inconclusive")
+
+
+def test_a_whole_audit_finds_forged_logprobs(backend: Backend, tmp_path: Path) -> None:
+    with Front(backend("q4_0").port, Lies(), forged_port=backend("f16").port) as front:
+        _, verdict = audit(front, tmp_path / "run", "--max-requests", "60")
+    assert (verdict.verdict, verdict.cause) == ("differs", "route")
     assert verdict.axes["weights"] == "inconclusive"
 
 
+def test_controls_that_come_out_wrong_make_the_night_void(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights_only: None
+) -> None:
+    with Front(backend("f16").port, Lies()) as honest, Front(backend("q4_0").port, Lies()) as altered:
+        for name, front in (("honest", honest), ("altered", altered)):
+            text = f'name = "{name}"\nbase_url = "{front.base_url}"\nmodel = "{MODEL_NAME}"\n'
+            (tmp_path / f"{name}.toml").write_text(text)
+        files = {name: str(tmp_path / f"{name}.toml") for name in ("honest", "altered")}
+        right = ("--control-honest", files["honest"], "--control-altered", files["altered"])
+        _, verdict = audit(altered, tmp_path / "right", *right)
+        wrong = ("--control-honest", files["altered"])
+        _, void = audit(altered, tmp_path / "wrong", *wrong)
+    assert (verdict.verdict, [c.as_expected for c in verdict.controls]) == ("differs", [True, True])
+    assert (void.verdict, void.cause, [c.as_expected for c in void.controls]) == ("inconclusive", None, [False])
+    assert void.sentence.startswith("Void: ")
+    assert void.axes["weights"] == "inconclusive"
+    again = CliRunner().invoke(cli, ["replay", str(tmp_path / "wrong"), "--json"], standalone_mode=False)
+    assert (
+        json.loads(again.stdout)["verdict"]["controls"] == json.loads(void.model_dump_json(by_alias=True))["controls"]
+    )
+
+
+@pytest.mark.usefixtures("no_sampling")
 def test_a_wrong_token_count_alone_accuses_nobody(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("f16").port, Lies(usage_offset=17)) as front:
         _, verdict = audit(front, tmp_path / "run")
     assert verdict.verdict == "consistent"
     assert verdict.axes["prompt"] == "consistent"
-    assert verdict.axes["service"] == "inconclusive"
+    assert verdict.axes["service"] == "inconsistent"
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_wrong_token_count_does_not_hide_a_named_departure(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("q4_0").port, Lies(usage_offset=17)) as front:
         _, verdict = audit(front, tmp_path / "run")
@@ -109,6 +173,7 @@ def test_a_wrong_token_count_does_not_hide_a_named_departure(backend: Backend, t
     assert verdict.axes["prompt"] == "consistent"
 
 
+@pytest.mark.usefixtures("no_sampling")
 def test_a_wrong_token_count_without_logprobs_is_inconclusive(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("f16").port, Lies(usage_offset=17, max_top_logprobs=0)) as front:
         result, verdict = audit(front, tmp_path / "run")
@@ -117,6 +182,7 @@ def test_a_wrong_token_count_without_logprobs_is_inconclusive(backend: Backend, 
     assert verdict.axes["weights"] == "not_supported"
 
 
+@pytest.mark.usefixtures("no_sampling")
 def test_no_logprobs_is_not_verified(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("q4_0").port, Lies(max_top_logprobs=0)) as front:
         result, verdict = audit(front, tmp_path / "run")
@@ -127,6 +193,7 @@ def test_no_logprobs_is_not_verified(backend: Backend, tmp_path: Path) -> None:
     assert verdict.stopped_because == "level_not_supported"
 
 
+@pytest.mark.usefixtures("weights_only")
 @pytest.mark.parametrize(
     "lies",
     [
@@ -148,6 +215,7 @@ def test_lies_about_logprobs_change_no_verdict(
     assert verdict.verdict == expected
 
 
+@pytest.mark.usefixtures("no_sampling")
 @pytest.mark.parametrize(
     ("lies", "regime"),
     [
@@ -166,6 +234,7 @@ def test_doctor_tells_what_logprobs_mean(lies: Lies, regime: str, backend: Backe
     assert json.loads(result.stdout)["temperature_regime"] == regime
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_some_requests_elsewhere_is_not_called_consistent(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("f16").port, Lies(divert_share=0.5), diverted_port=backend("q4_0").port) as front:
         _, verdict = audit(front, tmp_path / "run", "--max-requests", "100")
@@ -173,6 +242,7 @@ def test_some_requests_elsewhere_is_not_called_consistent(backend: Backend, tmp_
     assert verdict.axes["share"] == "inconsistent"
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_spent_budget_can_be_raised(backend: Backend, tmp_path: Path) -> None:
     run, file = tmp_path / "run", tmp_path / "endpoint.toml"
     with Front(backend("q4_0").port, Lies()) as front:
@@ -190,6 +260,7 @@ def test_a_spent_budget_can_be_raised(backend: Backend, tmp_path: Path) -> None:
     assert json.loads((run / "verdict.json").read_bytes())["exact_variant"] == "q4_0"
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_without_a_reference_the_weights_are_not_supported(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("f16").port, Lies()) as front:
         command = ["audit", "--base-url", front.base_url, "--model", MODEL_NAME, "--out", str(tmp_path / "run")]
@@ -198,6 +269,7 @@ def test_without_a_reference_the_weights_are_not_supported(backend: Backend, tmp
     assert "weighbridge reference build" in result.output.replace("\n", " ")
 
 
+@pytest.mark.usefixtures("no_sampling")
 def test_replay_gives_the_same_bytes_without_network_or_key(backend: Backend, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with Front(backend("q4_0").port, Lies()) as front:
@@ -220,6 +292,7 @@ def test_replay_gives_the_same_bytes_without_network_or_key(backend: Backend, tm
     assert {name: (run / name).read_bytes() for name in names} == before
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_a_later_policy_can_judge_the_same_evidence(backend: Backend, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with Front(backend("q8_0").port, Lies()) as front:

@@ -39,7 +39,8 @@ def test_what_a_wheel_has_to_carry_is_in_the_checkout() -> None:
     bundle = "weighbridge/data/reference_outputs/smollm2-135m-instruct"
     assert {f"{bundle}/{name}" for name in ("manifest.json", "arrays.npz", "licence.txt")} <= DATA
     assert "weighbridge/data/reference_outputs/specs/licences/apache-2.0.txt" in DATA
-    for pool in ("chat-one-token", "banded-one-token", "short-answer", "forced-text", "long-context"):
+    carried = ("chat-one-token", "banded-one-token", "short-answer", "forced-text", "long-context", "prompt-structure")
+    for pool in carried:
         assert {f"weighbridge/data/probes/{pool}/{name}" for name in ("pool.toml", "probes.jsonl")} <= DATA
 
 
@@ -68,7 +69,7 @@ def test_audit_runs_from_an_installed_wheel(tmp_path: Path) -> None:
     with lab_endpoint(VARIANTS["q4_0"], Lies(), lambda _: None) as front:
         command = [
             str(tmp_path / "fresh" / "bin" / "weighbridge"), "audit", "--base-url", front.base_url, "--model", "SmolLM2-135M-Instruct",
-            "--reference", "smollm2-135m-instruct", "--max-requests", "40", "--seed", "wheel", "--json",
+            "--reference", "smollm2-135m-instruct", "--max-requests", "60", "--seed", "wheel", "--json",
         ]  # fmt: skip
         done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr

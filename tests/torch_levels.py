@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import weighbridge.plan
 from weighbridge.audit import judge_run
 from weighbridge.cli import cli
 from weighbridge.lab.checkpoint import lab_checkpoint
@@ -33,8 +34,10 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("variant", "verdict", "exact"), [("bf16", "consistent", None), ("int8", "differs", "int8")])
 def test_forced_texts_and_short_answers_tell_honest_from_altered(
-    variant: str, verdict: str, exact: str | None, tmp_path: Path
+    variant: str, verdict: str, exact: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Neither of the two asks what becomes of sampling parameters.
+    monkeypatch.setattr(weighbridge.plan, "sampling_requests", lambda *_: [])
     with lab_endpoint(TORCH_VARIANTS[variant], Lies(), lambda _: None) as front:
         for level in ("L1", "L2"):
             out = tmp_path / level

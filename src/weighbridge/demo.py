@@ -20,7 +20,7 @@ from weighbridge.store import RunFolder
 
 DEMO_VARIANTS = ("f16", "bf16-busy", "q8_0", "q4_0", "hidden-system", "depth-24")
 BUNDLE = "smollm2-135m-instruct"
-MAX_REQUESTS = 40
+MAX_REQUESTS = 80
 
 JudgeAndReport = Callable[[RunFolder, Bundle | None], tuple[Plan, Findings, Verdict]]
 
