@@ -52,7 +52,7 @@ SAMPLING_LIES = {
     "top-p-ignored": Lies(ignored=("top_p",)),
 }
 FORGED = ("depth-24", "q4_0", "int4-g64")
-FORGED_REPORTED = ("int8", "q8_0")
+FORGED_REPORTED = ("int8",)
 RAW = ("int4-g64", "q4_0")
 
 
