@@ -149,11 +149,11 @@ def test_a_forced_text_is_gone_on_with_and_its_own_logprobs_are_asked_for() -> N
     assert body(endpoint(), forced=True) == body(endpoint()) | forced
 
 
-def test_settings_of_a_request_replace_the_usual_ones_and_the_users_replace_both() -> None:
+def test_settings_of_a_request_replace_the_usual_ones_and_the_users() -> None:
     settings = {"temperature": 2.0, "top_k": 1, "seed": 4, "stream": True}
     assert body(endpoint(), settings=settings) == body(endpoint()) | settings
-    asked = endpoint(extra_body={"seed": 8})
-    assert body(asked, settings=settings) == body(endpoint()) | settings | {"seed": 8}
+    asked = endpoint(extra_body={"seed": 8, "min_p": 0})
+    assert body(asked, settings=settings) == body(endpoint()) | {"min_p": 0} | settings
 
 
 def test_tools_are_sent_as_they_are() -> None:

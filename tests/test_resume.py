@@ -93,7 +93,7 @@ def test_killed_audits_go_on_and_ask_nothing_twice(front: Front, tmp_path: Path)
     environment = {**os.environ, "WEIGHBRIDGE_HOME": str(tmp_path / "home")}
     with CountingProxy(front) as proxy:
         command = [
-            *CLI, "audit", str(endpoint_file(tmp_path, proxy.url)), "--seed", "killed", "--max-requests", "60", "--out", str(run),
+            *CLI, "audit", str(endpoint_file(tmp_path, proxy.url)), "--seed", "killed", "--max-requests", "90", "--out", str(run),
         ]  # fmt: skip
         kills = 0
         for _ in range(6):
@@ -114,22 +114,27 @@ def test_killed_audits_go_on_and_ask_nothing_twice(front: Front, tmp_path: Path)
         assert kills >= 3
         exchanges, stopped = RunFolder(run).exchanges()
         answered = Counter(json.dumps(e.sent.body, sort_keys=True) for e in exchanges if e.received.status == 200)
+        by_request = Counter(e.sent.request_id for e in exchanges if e.received.status == 200)
         interrupted = Counter(
             json.dumps(e.sent.body, sort_keys=True) for e in exchanges if e.received.failure == "interrupted"
         )
         arrived = Counter({json.dumps(json.loads(body), sort_keys=True): n for body, n in proxy.arrived.items()})
     assert stopped is not None
     assert stopped.because == "decided"
-    assert max(answered.values()) == 1
+    # Two requests are alike on purpose: they ask whether a seed gives the same text again.
+    assert max(by_request.values()) == 1
     assert sum(interrupted.values()) <= kills
     for body, times in arrived.items():
         # Each arrival is an answer that was kept, or an attempt that a kill cut off and the log knows of.
         assert times <= answered[body] + interrupted[body]
     uninterrupted = tmp_path / "uninterrupted"
     whole = subprocess.run(
-        [*CLI, "audit", str(endpoint_file(tmp_path, front.base_url)), "--seed", "killed", "--max-requests", "60", "--out", str(uninterrupted)],
+        [*CLI, "audit", str(endpoint_file(tmp_path, front.base_url)), "--seed", "killed", "--max-requests", "90", "--out", str(uninterrupted)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert whole.returncode == 0
     one, other = (json.loads((folder / "findings.json").read_bytes())["findings"] for folder in (run, uninterrupted))
-    assert one == other
+    assert [f["outcome"] for f in one] == [f["outcome"] for f in other]
+    # Times differ, and the text after a word that nobody has seen, which the other checks look at.
+    for check in ("route", "prompt", "weights", "share"):
+        assert [f for f in one if f["check"] == check] == [f for f in other if f["check"] == check]

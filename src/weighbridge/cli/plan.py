@@ -48,6 +48,10 @@ def plan_command(seed: str | None, level: LogprobLevel, fleet_size: int, as_json
     click.echo(f"policy      {plan.policy.id}: {plan.policy.title}")
     click.echo(f"reference   {plan.reference.id if plan.reference else 'none: weights would not be judged'}")
     click.echo(f"requests    at most {estimate.requests}, retries included")
+    asked = len(plan.requests) - 2 * len(plan.probe_requests) + len(plan.route_requests)
+    click.echo(
+        f"            of these at most {asked} about the route, the prompt and sampling; the others until the weights are decided"
+    )
     click.echo(f"tokens      at most about {estimate.prompt_tokens} in, {estimate.completion_tokens} out")
     click.echo(
         f"money       {f'at most about {estimate.cost_usd:.6f} USD' if estimate.cost_usd is not None else 'unknown'} ({estimate.price_source})"

@@ -75,7 +75,10 @@ def planned(spec: Spec, spec_folder: Path, out: Path, *, with_reference: bool) -
     partial = out.with_name(out.name + ".partial")
     work = []
     for stack in spec.stack if with_reference else spec.stack[1:]:
-        probes = sum(sizes[pool.name] for pool in spec.pool if pool.only_on is None or stack.id in pool.only_on)
+        probes = sum(
+            min(pool.first or sizes[pool.name], sizes[pool.name]) * len(pool.renderings)
+            for pool in spec.pool if pool.only_on is None or stack.id in pool.only_on
+        )  # fmt: skip
         shards, on_disk = -(-probes // spec.shard), len(list((partial / stack.id).glob("[0-9]*.npz")))
         work.append(StackWork(stack.id, stack.departs is None, probes, shards, min(shards, on_disk), spec.shard))
     return work

@@ -63,7 +63,8 @@ class OpenAIChat:
         if request.forced:
             # As vLLM and SGLang name them: the last message is gone on with, and the prompt's own logprobs are returned.
             body |= {"prompt_logprobs": top_logprobs, "continue_final_message": True, "add_generation_prompt": False}
-        return body | request.settings | endpoint.extra_body | _pinned(endpoint)
+        # What a request is about is asked whatever the user adds to every one.
+        return body | endpoint.extra_body | request.settings | _pinned(endpoint)
 
     def observe(self, probe_id: str, attempts: list[Exchange]) -> Observation:
         """Read the last attempt. Whatever the endpoint sent, this returns an observation and never raises."""

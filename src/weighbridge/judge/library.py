@@ -190,7 +190,7 @@ def build_library(
     return _build(bundle, policy, top_k, level, bfloat16_logprobs, None, OFFICIAL)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=20)
 def build_rendered(official: Library, rendering: str) -> Library | None:
     """The library under another rendering of the prompts; None where too little was recorded under it.
 

@@ -230,7 +230,7 @@ def stands_ahead(bundle: Bundle, rendering: str, probe_id: str) -> bool:
     return prompts[0][-shorter:] == prompts[1][-shorter:]
 
 
-@lru_cache(maxsize=2**15)
+@lru_cache(maxsize=2048)
 def distance(
     bundle: Bundle, row: int, top: tuple[tuple[str, float], ...], guessed: bool, bfloat16_logprobs: bool
 ) -> float:
@@ -249,7 +249,7 @@ def distance(
     return float(np.log(beyond)) if np.isfinite(beyond) and beyond > 0 else float("nan")
 
 
-@lru_cache(maxsize=2**15)
+@lru_cache(maxsize=2048)
 def leaning(bundle: Bundle, official: int, row: int, top: tuple[tuple[str, float], ...]) -> float:
     """Fisher transform of the cosine between two differences from the official row: a list's, and that of another row."""
     stack = bundle.stack_index[bundle.manifest.reference_stack]
