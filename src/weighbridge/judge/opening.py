@@ -7,6 +7,7 @@ import numpy as np
 
 from weighbridge.judge.answers import Residuals, line_up
 from weighbridge.judge.case import Case
+from weighbridge.judge.checks.prompt import explain_counts
 from weighbridge.judge.checks.weights import differs_after, is_mixed, mean_cosines, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
 from weighbridge.judge.renderings import has_system, read_prompt
@@ -127,6 +128,13 @@ def _exactly(case: Case, library: Library, evidence: WeightEvidence, order: list
         compared += 1
         if differs_after(under.evidence, policy) is not None and nearest(under.evidence, under.library, policy)[1]:
             found.append((float(mean_cosines(under.evidence).max()), under))
+    # Where the counts tell of another prompt, one that is nearly a recorded one will not do.
+    if (
+        reading.counted >= policy.min_counted
+        and not reading.by_counts(policy.min_counted)
+        and explain_counts(reading)[0] != "none_of_these"
+    ):
+        found = [one for one in found if one[0] >= policy.exact_name_cosine_alone]
     if not found:
         return None
     best = max(found, key=lambda one: one[0])[1]

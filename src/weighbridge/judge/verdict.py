@@ -55,6 +55,9 @@ def is_decided(case: Case) -> bool:
         return True
     if case.official_differs and not case.settled:
         rendered = rendered_probes(case)
+        known = case.served not in (None, OFFICIAL)
+        if known and rendered and (evidence is None or differs_after(evidence, policy) is None):
+            return False  # the weights can still be cleared under the prompt that is served
         return sum(o.probe_id in rendered for o in case.answers) >= min(ENOUGH_FOR_A_PROMPT, len(rendered))
     if evidence is None:
         return False
