@@ -229,7 +229,7 @@ def measure(document: Document, seed: int, quick: bool) -> None:
     every = conditions()
     if quick:
         every = [c for c in every if c.name in QUICK]
-    draws = 1 if quick else 5
+    draws = 1 if quick else 2
     plain = [c for c in every if c.weights == "f16"]
     rng = random.Random(seed)
 

@@ -134,7 +134,7 @@ def _exactly(case: Case, library: Library, evidence: WeightEvidence, order: list
         and not reading.by_counts(policy.min_counted)
         and explain_counts(reading)[0] != "none_of_these"
     ):
-        found = [one for one in found if one[0] >= policy.exact_name_cosine_alone]
+        found = [one for one in found if one[0] >= policy.exact_name_cosine_alone and one[1].served == OFFICIAL]
     if not found:
         return None
     best = max(found, key=lambda one: one[0])[1]
