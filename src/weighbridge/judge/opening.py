@@ -10,7 +10,7 @@ from weighbridge.judge.case import Case
 from weighbridge.judge.checks.prompt import explain_counts
 from weighbridge.judge.checks.weights import differs_after, is_mixed, mean_cosines, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
-from weighbridge.judge.renderings import has_system, read_prompt
+from weighbridge.judge.renderings import PromptReading, has_system, read_prompt
 from weighbridge.judge.sizes import WeightEvidence, weigh
 from weighbridge.records import Capability, Observation, Plan, Policy, raw_twin
 from weighbridge.reference.bundle import OFFICIAL
@@ -128,12 +128,7 @@ def _exactly(case: Case, library: Library, evidence: WeightEvidence, order: list
         compared += 1
         if differs_after(under.evidence, policy) is not None and nearest(under.evidence, under.library, policy)[1]:
             found.append((float(mean_cosines(under.evidence).max()), under))
-    # Where the counts tell of another prompt, one that is nearly a recorded one will not do.
-    if (
-        reading.counted >= policy.min_counted
-        and not reading.by_counts(policy.min_counted)
-        and explain_counts(reading)[0] != "none_of_these"
-    ):
+    if _contradicted(reading, policy):
         found = [one for one in found if one[0] >= policy.exact_name_cosine_alone and one[1].served == OFFICIAL]
     if not found:
         return None
@@ -165,8 +160,16 @@ def _under(case: Case, library: Library, hypothesis: int, *, certain: bool) -> C
     if under.evidence is None or under.library is None or differs_after(under.evidence, policy) is None:
         return under
     _, exact, family = nearest(under.evidence, under.library, policy)
-    # Token counts alone are no proof: another text may be as long.
-    return replace(under, settled=exact) if exact or family else None
+    # Token counts alone are no proof: another text may be as long. But where they tell of another prompt, one that is nearly
+    # a recorded one will not do: what is left could be the rest of that prompt.
+    named = (exact or family) and not _contradicted(reading, policy)
+    return replace(under, settled=exact) if named else None
+
+
+def _contradicted(reading: PromptReading, policy: Policy) -> bool:
+    """Whether the token counts are no recorded rendering's, and are explained by another prompt."""
+    enough = reading.counted >= policy.min_counted and not reading.by_counts(policy.min_counted)
+    return enough and explain_counts(reading)[0] != "none_of_these"
 
 
 def mixed_within(case: Case) -> bool:
