@@ -7,7 +7,7 @@ Three kinds of endpoints are audited:
 * Sampling lies and forged logprobs: whole audits over HTTP, kept as run folders; each asks texts of its own, drawn from a seed.
 * Hidden prompts whose host offers raw completions: whole audits likewise.
 
-Nothing here was used to choose a threshold, but for one look at a few conditions while the code was written (docs/design/dd-006).
+The rules of leaning and of two faults at once were changed after a first look at these conditions; nothing else was (docs/STATISTICS.md, Measured).
 """
 
 import argparse
