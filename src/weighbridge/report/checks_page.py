@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from weighbridge.judge.checks import prose
-from weighbridge.judge.verdict import CHECKS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "CHECKS.md"
 _HEAD = """# The checks of an audit
@@ -25,11 +24,6 @@ def checks_page() -> str:
             f"**How a host mends it.** {text.fix}\n\n**Cost.** {text.cost}\n"
         )
     return "\n".join(parts)
-
-
-def names() -> list[str]:
-    """The checks that are run, by their functions' names."""
-    return [check.__name__.removeprefix("check_") for check in CHECKS]  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
