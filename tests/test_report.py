@@ -17,6 +17,7 @@ from weighbridge.audit import exit_code
 from weighbridge.canonical import canonical_bytes
 from weighbridge.judge.checks import prose
 from weighbridge.judge.policy import load_policy
+from weighbridge.judge.verdict import CHECKS
 from weighbridge.records import (
     AXES,
     Axis,
@@ -33,6 +34,7 @@ from weighbridge.records import (
     Verdict,
     VerdictWord,
 )
+from weighbridge.report.checks_page import PAGE, checks_page
 from weighbridge.report.document import (
     SCHEMA_FILE,
     AuditedEndpoint,
@@ -582,3 +584,14 @@ def test_an_endpoint_that_refused_everything_is_four(because: str, fail_on: str)
 @pytest.mark.parametrize("because", ["budget_requests", "budget_cost"])
 def test_a_used_up_budget_is_five(because: str, fail_on: str) -> None:
     assert exit_code(verdict_of("inconclusive", stopped_because=because), fail_on) == 5
+
+
+# -- docs/CHECKS.md --------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_checks_is_made_from_their_prose() -> None:
+    assert PAGE.read_text("utf-8") == checks_page()
+
+
+def test_every_check_that_is_run_has_prose_and_no_other() -> None:
+    assert {check.__module__.rsplit(".", 1)[1] for check in CHECKS} == set(prose())
