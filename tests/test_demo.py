@@ -82,10 +82,11 @@ def test_a_recorded_departure_is_named_exactly(demo: tuple[dict[str, Any], Path]
     assert verdict["axes"]["prompt"] == "consistent"
 
 
-def test_honest_weights_behind_a_hidden_prompt_are_not_blamed(demo: tuple[dict[str, Any], Path]) -> None:
+def test_honest_weights_behind_a_recorded_hidden_prompt_are_judged_under_it(demo: tuple[dict[str, Any], Path]) -> None:
+    """The library recorded this prompt, so the weights can be judged under it, and they are honest."""
     verdict = verdict_of(demo[1], "hidden-system")
     assert verdict["axes"]["prompt"] == "inconsistent"
-    assert verdict["axes"]["weights"] == "inconclusive"
+    assert verdict["axes"]["weights"] == "consistent"
 
 
 @pytest.mark.parametrize("name", DEMO_VARIANTS)
