@@ -181,7 +181,7 @@ def whole_audits(bundle: Bundle, library: Library, seeds: int) -> Iterator[tuple
                     yield f"forged-{variant}", judged(f"forged-{variant}", seen, library), seen[2]
     hidden = [c for c in conditions() if c.kind == "hidden" and c.weights == "f16"]
     for variant in ("f16", *RAW):
-        for seed, condition in enumerate(random.Random(7).sample(hidden, min(seeds, 2))):
+        for seed, condition in enumerate(random.Random(7).sample(hidden, min(seeds, 4))):
             what: Variant = dataclasses.replace(VARIANTS[variant], template=condition.template)
             with lab_backend(what, say) as server, Front(server.port, Lies(), completions=True) as front:
                 seen = live(f"raw-{variant}", front, seed, bundle)

@@ -96,16 +96,37 @@ def test_tokens_for_each_message_are_another_template() -> None:
     offsets = [3 + 2 * t for t in turns]
     cause, text, length = explain_counts(reading(offsets=[offsets], turns=turns))
     assert (cause, length) == ("template", None)
-    assert "+2 tokens a message +3" in text
+    assert "+5 for 1 message, +7 for 2 messages, +9 for 3 messages" in text
 
 
-def test_two_numbers_of_messages_tell_no_slope() -> None:
-    """A line goes through any two points."""
-    turns = [1, 1, 1, 3, 3, 3]
-    cause, text, _ = explain_counts(
-        reading(offsets=[[2, 2, 2, 8, 8, 8]], turns=turns, official=[60, 20, 41, 30, 55, 24])
+def test_tokens_that_go_with_roles_are_another_template() -> None:
+    """As a template has it that knows no default system message and writes roles of its own."""
+    own = [False] * 8 + [True] * 3
+    turns = [1] * 7 + [5, 2, 2, 4]
+    offsets = [-25] * 7 + [-35, -8, -8, -14]
+    cause, text, length = explain_counts(reading(offsets=[offsets], turns=turns, has_system=own))
+    assert (cause, length) == ("template", None)
+    assert "-8 for 2 messages with a system message" in text
+
+
+def test_a_number_for_each_shape_is_no_explanation_where_every_shape_stands_alone() -> None:
+    """Any one number fits one count."""
+    offsets, turns = [2, -3, 7, 1, -8, 4], [1, 2, 3, 4, 5, 6]
+    assert explain_counts(reading(offsets=[offsets], turns=turns))[0] == "none_of_these"
+
+
+@pytest.mark.parametrize(("official", "explained"), [((20, 140), "template"), ((40, 52), "none_of_these")])
+def test_a_token_more_or_less_is_forgiven_only_where_a_proportion_would_have_shown(
+    official: tuple[int, int], explained: str
+) -> None:
+    """Tokens merge where texts meet; over prompts of one length that could as well be an estimate."""
+    offsets = [-25, -24, -25, -26, -25, -25, -25, -24, -35]
+    lengths = [*np.linspace(*official, 8).round().astype(int), 60]
+    order = [3, 0, 6, 1, 7, 4, 2, 5, 8]
+    cause, _, _ = explain_counts(
+        reading(offsets=[offsets], turns=[1] * 8 + [5], official=[int(lengths[i]) for i in order])
     )
-    assert (cause, "a message" in text) == ("hidden_prompt", False)
+    assert cause == explained
 
 
 @pytest.mark.parametrize("ratio", [0.7, 1.3])

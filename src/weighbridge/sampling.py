@@ -11,7 +11,8 @@ from weighbridge.reference.bundle import Bundle
 
 TEXT_TOKENS = 8
 LONGER_TOKENS = 16
-HOT_TOKENS = 32
+HOT_TOKENS = 64
+NARROW_TOKENS = 32
 COLD, WARM, HOT = 0.0, 1.0, 2.0
 TINY_NUCLEUS = 0.01
 STOP = "e"  # no sentence goes on for long without it
@@ -64,7 +65,7 @@ def sampling_requests(bundle: Bundle | None, nonce: str) -> list[PlannedRequest]
         _request("warm-again", "the same again, with the same seed", _STORY, {"temperature": WARM, "seed": 1}),
         _request("warm-other", "the same with another seed", _STORY, whole | {"temperature": WARM, "seed": 3}, LONGER_TOKENS),
         _request("hot", "temperature 2", _STORY, whole | {"temperature": HOT, "seed": 4}, HOT_TOKENS),
-        _request("top-p", "only the likeliest tokens, by top_p", _STORY, {"temperature": WARM, "top_p": TINY_NUCLEUS, "seed": 5}, LONGER_TOKENS),
+        _request("top-p", "only the likeliest tokens, by top_p", _STORY, whole | {"temperature": WARM, "top_p": TINY_NUCLEUS, "seed": 5}, NARROW_TOKENS),
         _request("top-k", "only the likeliest token, by top_k", _STORY, {"temperature": WARM, "top_k": 1, "seed": 6}),
         _request("min-p", "only the likeliest token, by min_p", _STORY, {"temperature": WARM, "min_p": 1.0, "seed": 7}),
         _request("red", "a text that repeats itself", _RED, cold, LONGER_TOKENS),

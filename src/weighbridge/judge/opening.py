@@ -72,8 +72,13 @@ def _by_structure(case: Case, library: Library) -> Case:
     reading = case.reading
     near = reading.nearest() if reading is not None else None
     limit = max(null.limit_nats for null in library.nulls)
-    if reading is None or near is None or near == 0 or not reading.is_honest(near, limit):
+    if reading is None or near is None or near == 0:
         return case
+    if not reading.is_honest(near, limit):
+        # Under the official prompt there is nothing to compare, so what is nearest is not held against it in numbers.
+        foreign = reading.is_foreign(0) and not reading.is_foreign(near) and reading.is_nearer(near, 0)
+        other = replace(case, official_differs=True)
+        return (_under(other, library, near, certain=True) or replace(other, served=None)) if foreign else case
     if not reading.is_nearer(near, 0) and not reading.explains(near, 0, limit):
         return case
     return _under(replace(case, official_differs=True), library, near, certain=True) or case

@@ -101,7 +101,8 @@ class PromptReading:
         The limit is Student's, at `NEARER_CONFIDENCE` over all renderings (Bonferroni); prompts that are the same under both are
         left out.
         """
-        gain = self.log_scales[other] - self.log_scales[one]
+        near, far = self.log_scales[one], self._far_where_foreign(other)
+        gain = far - near
         moved = np.array([a != b for a, b in zip(self.prompts[one], self.prompts[other], strict=True)], np.bool_)
         gain = gain[np.isfinite(gain) & moved]
         n = gain.size
@@ -110,6 +111,16 @@ class PromptReading:
         share = 1 - (1 - NEARER_CONFIDENCE) / len(self.hypotheses)
         half = float(special.stdtrit(n - 1, share)) * float(gain.std(ddof=1)) / np.sqrt(n)
         return float(gain.mean()), float(gain.mean() - half), n
+
+    def _far_where_foreign(self, hypothesis: int) -> Floats:
+        """The distances from a rendering, where an answer that has no token in common with it is far."""
+        recorded = np.array([prompt != b"" for prompt in self.prompts[hypothesis]], np.bool_)
+        scales = self.log_scales[hypothesis]
+        return np.where(recorded & np.isnan(scales), LOG_FAR, scales)
+
+    def is_foreign(self, hypothesis: int) -> bool:
+        """Whether most answers have no token in common with a rendering."""
+        return bool(np.isnan(self.log_scales[hypothesis]).mean() > 0.5) if self.structures else False
 
     def is_honest(self, hypothesis: int, limit_nats: float) -> bool:
         """Whether the answers are, on the whole, as near to a rendering as an honest stack may be."""

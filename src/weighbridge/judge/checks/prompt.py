@@ -7,16 +7,21 @@ import numpy as np
 
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.weights import is_consistent, mean_cosines, nearest
-from weighbridge.judge.renderings import MATCHING_SHARE, PromptReading, stands_ahead
+from weighbridge.judge.renderings import MATCHING_SHARE, PromptReading, has_system, stands_ahead
 from weighbridge.records import Cause, Effect, Finding
 from weighbridge.reference.bundle import OFFICIAL, Bundle, rendered_id
 
 # A slope of the counts on the official ones beyond which, with nothing else to explain it, another tokenizer is at work.
 OTHER_TOKENIZER_SLOPE = 0.05
+# A token more or less, where the end of one text and the start of another merge.
+SLIP = 1
+LEAST_OF_A_SHAPE = 4  # counts more than there are shapes of conversations: any one number fits one count
 FAR_OFF = 2.0  # times further than that: beyond any noise, so that one prompt suffices
 STRUCTURES_OFF = (
     2  # prompts of a structure of their own whose answers are far off, where all others are the reference's
 )
+# Whether a conversation has a system message of its own, and how many messages.
+Shape = tuple[bool, int]
 MOST_FOREIGN = 0.1  # of the returned tokens may be misspelt; the rest stands in the reference's vocabulary
 
 
@@ -136,9 +141,11 @@ def _unknown(
     common: dict[str, Any] = {"details": details, "to_resolve": remedy}
     if by_counts and 0 not in by_counts:
         record = reading.hypotheses[by_counts[0]]
+        # Any text of that length is counted so.
+        cause = explain_counts(reading)[0]
         return _finding(
-            "inconsistent", f"The token counts of {reading.counted} prompts are those of another rendering, and the answers are not the reference's under it either: {record.description}",
-            cause=record.cause or "template", effects=shift, **common,
+            "inconsistent", f"The token counts of {reading.counted} prompts are those of another rendering, and the answers are not the reference's under it either: {record.description}, or another text of that length",
+            cause=cause if cause != "none_of_these" else record.cause or "template", effects=shift, **common,
         )  # fmt: skip
     if reading.counted >= case.plan.policy.min_counted and 0 not in by_counts:
         cause, what, length = explain_counts(reading)
@@ -151,9 +158,9 @@ def _unknown(
         # Counts that follow nothing may be estimates, and say nothing of the prompt.
         if cause != "none_of_these":
             return _finding("inconsistent", what, cause=cause, effects=shift, **common)
-    default = _default_changed(case)
-    if default is not None:
-        return _finding("inconsistent", default, cause="hidden_prompt", effects=shift, **common)
+    if _default_changed(case, reading):
+        text = "Prompts with a system message of their own are answered as the reference does, and others are not: another default system prompt"
+        return _finding("inconsistent", text, cause="hidden_prompt", effects=shift, **common)
     leaning = reading.leans()
     if leaning is not None and leaning[1] > _nearest_cosine(case):
         record = reading.hypotheses[leaning[0]]
@@ -193,8 +200,8 @@ def _stands_ahead(case: Case, rendering: str) -> bool:
         return False
     bundle = case.library.bundle
     asked = [o.probe_id for o in (*case.prompt_answers, *case.answers)]
-    recorded = next((p for p in asked if rendered_id(p, rendering) in bundle.probe_index), None)
-    return recorded is not None and stands_ahead(bundle, rendering, recorded)
+    recorded = [p for p in asked if rendered_id(p, rendering) in bundle.probe_index]
+    return bool(recorded) and all(stands_ahead(bundle, rendering, p) for p in recorded)
 
 
 def _nearest_cosine(case: Case) -> float:
@@ -205,31 +212,9 @@ def _nearest_cosine(case: Case) -> float:
 def explain_counts(reading: PromptReading) -> tuple[Cause, str, float | None]:
     """What the difference between reported and official counts looks like, and the length of what was added, where it is one."""
     offsets, n = reading.offsets[0], reading.counted
-    groups = [offsets[reading.has_system == kind] for kind in (False, True)]
-    modes = [_mode(group) for group in groups if group.size]
-    if all((g == m).mean() >= MATCHING_SHARE for g, m in zip((g for g in groups if g.size), modes, strict=True)):
-        if len(modes) == 2 and modes[1] == 0:
-            return (
-                "hidden_prompt", f"Prompts without a system message are counted {modes[0]:+d} tokens against the official rendering and others as they should be ({n} prompts): another default system prompt",
-                float(modes[0]),
-            )  # fmt: skip
-        if min(modes) >= 0 < max(modes):
-            longer = f"{modes[0]}" if len(set(modes)) == 1 else " or ".join(map(str, modes))
-            where = "" if len(set(modes)) == 1 else " (without, and with, a system message of their own)"
-            return (
-                "hidden_prompt", f"Every prompt is counted {longer} tokens longer than the official rendering{where}, over {n} prompts of every structure: text of that length is added, whatever the user writes, if the host counts truly",
-                float(max(modes)),
-            )  # fmt: skip
-        return (
-            "template", f"The prompts differ from the official rendering by constants ({', '.join(f'{m:+d}' for m in modes)} tokens over {n} prompts), as no recorded rendering does",
-            None,
-        )  # fmt: skip
-    per_turn = _by_turns(reading)
-    if per_turn is not None:
-        return (
-            "template", f"The prompts are counted {per_turn[1]:+d} tokens a message {per_turn[0]:+d} against the official rendering ({n} prompts): another template",
-            None,
-        )  # fmt: skip
+    by_shape = _by_shape(reading)
+    if by_shape is not None:
+        return _explain_shapes(by_shape, n)
     slope = _slope(reading)
     if slope is not None and abs(slope) > OTHER_TOKENIZER_SLOPE:
         return (
@@ -245,20 +230,61 @@ def explain_counts(reading: PromptReading) -> tuple[Cause, str, float | None]:
     )  # fmt: skip
 
 
+def _explain_shapes(by_shape: dict[Shape, int], n: int) -> tuple[Cause, str, float | None]:
+    """What offsets that go with the shape of a conversation, whatever its text says, look like."""
+    modes: list[int] = []
+    for kind in (False, True):
+        of_kind = [offset for (has_system, _), offset in by_shape.items() if has_system == kind]
+        if of_kind and max(of_kind) - min(of_kind) > SLIP:
+            listed = ", ".join(
+                f"{offset:+d} for {turns} message{'s' * (turns > 1)}{' with a system message' * has_system}"
+                for (has_system, turns), offset in sorted(by_shape.items())
+            )
+            return (
+                "template", f"The prompts are counted otherwise than the official rendering by what goes with the number of messages, whatever they say (tokens: {listed}; {n} prompts): another template",
+                None,
+            )  # fmt: skip
+        modes += of_kind[:1]
+    if len(modes) == 2 and modes[1] == 0:
+        return (
+            "hidden_prompt", f"Prompts without a system message are counted {modes[0]:+d} tokens against the official rendering and others as they should be ({n} prompts): another default system prompt",
+            float(modes[0]),
+        )  # fmt: skip
+    if min(modes) >= 0 < max(modes):
+        longer = f"{modes[0]}" if len(set(modes)) == 1 else " or ".join(map(str, modes))
+        where = "" if len(set(modes)) == 1 else " (without, and with, a system message of their own)"
+        return (
+            "hidden_prompt", f"Every prompt is counted {longer} tokens longer than the official rendering{where}, over {n} prompts of every structure: text of that length is added, whatever the user writes, if the host counts truly",
+            float(max(modes)),
+        )  # fmt: skip
+    return (
+        "template", f"The prompts differ from the official rendering by constants ({', '.join(f'{m:+d}' for m in modes)} tokens over {n} prompts), as no recorded rendering does",
+        None,
+    )  # fmt: skip
+
+
+def _by_shape(reading: PromptReading) -> dict[Shape, int] | None:
+    """By how much conversations of each shape are counted otherwise, the most frequent shapes first; None where that varies with their text."""
+    shapes: dict[Shape, list[int]] = {}
+    for has_system, turns, offset in zip(reading.has_system, reading.turns, reading.offsets[0], strict=True):
+        shapes.setdefault((bool(has_system), int(turns)), []).append(int(offset))
+    if reading.counted - len(shapes) < LEAST_OF_A_SHAPE:
+        return None
+    modes = {
+        shape: _mode(offsets) for shape, offsets in sorted(shapes.items(), key=lambda item: len(item[1]), reverse=True)
+    }
+    apart = [abs(offset - modes[shape]) for shape, offsets in shapes.items() for offset in offsets]
+    largest = next(iter(modes))
+    of_largest = (reading.has_system == largest[0]) & (reading.turns == largest[1])
+    # Counts in proportion to the text would have shown, had they been off by as much as counts that merge a token.
+    slips_tell = OTHER_TOKENIZER_SLOPE * float(np.ptp(reading.official_tokens[of_largest])) > 2 * SLIP
+    slip = SLIP if slips_tell else 0
+    return modes if any(modes.values()) and np.mean([a <= slip for a in apart]) >= MATCHING_SHARE else None
+
+
 def _mode(values: Any) -> int:
     found, times = np.unique(values, return_counts=True)
     return int(found[times.argmax()])
-
-
-def _by_turns(reading: PromptReading) -> tuple[int, int] | None:
-    """Constant and tokens for each message that give every offset but for a merged token, or None."""
-    turns, offsets = reading.turns, reading.offsets[0]
-    if len(np.unique(turns)) < 3:
-        return None
-    slope, constant = np.polyfit(turns, offsets, 1)
-    whole = (round(float(constant)), round(float(slope)))
-    fits = np.abs(offsets - whole[0] - whole[1] * turns) <= 1
-    return whole if whole[1] != 0 and fits.mean() >= MATCHING_SHARE else None
 
 
 def _slope(reading: PromptReading) -> float | None:
@@ -278,17 +304,15 @@ def _explained_by_weights(case: Case) -> bool:
     return exact or case.mixed
 
 
-def _default_changed(case: Case) -> str | None:
+def _default_changed(case: Case, reading: PromptReading) -> bool:
     """Whether only prompts without a system message of their own depart from the reference."""
-    evidence, residuals = case.evidence, case.residuals
-    if evidence is None or residuals is None:
-        return None
-    probes = {r.probe.id: r.probe for r in case.plan.probe_requests}
-    own = np.array([probes[p].messages[0].role == "system" for p in residuals.probe_ids], np.bool_)
-    x, limit = evidence.features.log_scales, evidence.null.mean
-    if own.sum() >= 2 and (~own).sum() >= 2 and (x[own] < limit).all() and (x[~own] > limit).mean() > 0.9:
-        return "Prompts with a system message of their own are answered as the reference does, and others are not: another default system prompt"
-    return None
+    if case.library is None:
+        return False
+    probes = {r.probe.id: r.probe for r in (*case.plan.prompt_requests, *case.plan.probe_requests)}
+    own = np.array([has_system(probes[p]) for p in reading.structures], np.bool_)
+    x = reading.log_scales[0]
+    limit = max(float(np.log(null.limit_nats)) for null in case.library.nulls)
+    return bool(own.sum() >= 2 and (~own).sum() >= 2 and (x[own] < limit).all() and (x[~own] > limit).mean() > 0.9)
 
 
 def _shift(case: Case) -> list[Effect]:
