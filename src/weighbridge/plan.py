@@ -41,6 +41,15 @@ def worst_case_tokens(request: PlannedRequest) -> tuple[int, int]:
     return prompt, request.max_tokens * int(request.settings.get("n", 1))
 
 
+def worst_case_usd(plan: Plan) -> float | None:
+    """An upper limit of what a plan can cost, whichever of its requests are sent; None without a price."""
+    price = plan.endpoint.price
+    if price is None:
+        return None
+    costs = sorted((price.cost_usd(*worst_case_tokens(request)) for request in plan.requests), reverse=True)
+    return sum(costs[: plan.endpoint.limits.max_requests])
+
+
 def pool_of(bundle: Bundle, level: Level = "L3") -> Pool:
     """The pool that a bundle was recorded on for a level of evidence.
 
@@ -91,6 +100,7 @@ def make_plan(
     level: LogprobLevel = "L3",
     fleet_size: int = 1,
     seed: str | None = None,
+    run_id: str | None = None,
     created_at: str | None = None,
 ) -> Plan:
     """Decide what an audit will send.
@@ -109,6 +119,8 @@ def make_plan(
         How many endpoints are judged together: the more, the stronger the evidence that names one.
     seed : str, optional
         The seed of the draw; a fresh one of 128 bits by default.
+    run_id : str, optional
+        Also the text that no cache can have seen; a fresh one by default.
     created_at : str, optional
         UTC time, now by default.
 
@@ -140,7 +152,7 @@ def make_plan(
             for n, probe_id in enumerate(_drawn(bundle, level, seed), start=1)
         ]
         prompts = _prompt_requests(bundle)
-    run_id = secrets.token_hex(8)
+    run_id = run_id or secrets.token_hex(8)
     sampling = sampling_requests(bundle, run_id)
     capability = capability_requests()
     route = route_requests(endpoint)

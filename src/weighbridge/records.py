@@ -432,6 +432,7 @@ class Observation(Record):
     status: int | None = None
     attempts: int
     latency_s: Finite
+    first_byte_s: Finite | None = None
     answer_id: str | None = Field(default=None, pattern=ANSWER_ID)
     model_named: str | None = None
     provider_named: str | None = None
@@ -550,6 +551,9 @@ class Verdict(Record):
     excluded: list[str]
     sentence: str
     error_rate: str
+    log10_e_value: Finite | None = Field(
+        default=None, description="of the whole audit against an honest stack, prompt and sampling, when it stopped"
+    )
     effective_noise_nats: Effect | None
     answers_used: int
     requests_sent: int
@@ -587,6 +591,23 @@ def read_toml(kind: type[AnyRecord], path: Path) -> AnyRecord:
     except RecursionError:
         raise ConfigurationError(f"{path} is not TOML: it is nested too deep", "Correct it") from None
     return checked(kind, table, str(path))
+
+
+def read_json(kind: type[AnyRecord], path: Path) -> AnyRecord:
+    """Read a record from a JSON file.
+
+    Raises
+    ------
+    ConfigurationError
+        If the file cannot be read, is not JSON, or a field is unknown, missing or wrong.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror})", "Check the file") from None
+    except (ValueError, RecursionError):
+        raise ConfigurationError(f"{path} is not JSON", "Restore it") from None
+    return checked(kind, value, str(path))
 
 
 def checked(kind: type[AnyRecord], value: object, where: str) -> AnyRecord:

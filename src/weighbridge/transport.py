@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Awaitable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -53,6 +54,12 @@ class Reply:
 _current: ContextVar[Reply] = ContextVar("current reply")
 
 
+@lru_cache(maxsize=1)
+def _trusted() -> ssl.SSLContext:
+    """The authorities that are believed: read once, for a process that may hold hundreds of connections."""
+    return httpx2.create_ssl_context(trust_env=False)
+
+
 class _BodyError(Exception):
     def __init__(self, code: FailureCode, detail: str) -> None:
         super().__init__(detail)
@@ -64,7 +71,7 @@ class _BoundedTransport(httpx2.AsyncBaseTransport):
 
     def __init__(self, key: Key | None, connections: int) -> None:
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._inner = httpx2.AsyncHTTPTransport(limits=limits, trust_env=False)
+        self._inner = httpx2.AsyncHTTPTransport(verify=_trusted(), limits=limits, trust_env=False)
         self._key = key
         self.identity = {"user-agent": "python"}
 
@@ -193,6 +200,18 @@ class Transport:
         if self._key is not None and reply.failure_detail:
             reply.failure_detail = self._key.redact(reply.failure_detail)
         return reply
+
+
+def post_once(url: str, document: dict[str, Any], timeout_s: float) -> int | None:
+    """POST JSON to a place that is no endpoint, and return the status; None where there was no answer, which is not read."""
+    try:
+        with (
+            httpx2.Client(verify=_trusted(), trust_env=False, follow_redirects=False, timeout=timeout_s) as client,
+            client.stream("POST", url, json=document) as response,
+        ):
+            return response.status_code
+    except (httpx2.HTTPError, httpx2.InvalidURL):
+        return None
 
 
 def _classify(error: BaseException) -> tuple[FailureCode, str]:

@@ -10,7 +10,9 @@ from weighbridge import __version__
 from weighbridge.cli.audit import audit_command
 from weighbridge.cli.demo import demo_command
 from weighbridge.cli.doctor import doctor_command
+from weighbridge.cli.history import history_command
 from weighbridge.cli.lab import lab_group
+from weighbridge.cli.nightly import merge_command, nightly_command
 from weighbridge.cli.plan import plan_command
 from weighbridge.cli.pool import pool_group
 from weighbridge.cli.power import power_command
@@ -32,7 +34,7 @@ def cli() -> None:
 
 for _command in (
     demo_command, audit_command, plan_command, power_command, doctor_command, resume_command, replay_command, reference_group, pool_group,
-    lab_group,
+    lab_group, nightly_command, merge_command, history_command,
 ):  # fmt: skip
     cli.add_command(_command)
 

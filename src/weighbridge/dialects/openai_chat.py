@@ -74,6 +74,7 @@ class OpenAIChat:
             "probe_id": probe_id,
             "attempts": len(attempts),
             "latency_s": last.latency_s,
+            "first_byte_s": last.first_byte_s,
             "status": last.status,
             "raw": "messages" not in attempts[-1].sent.body,
         }

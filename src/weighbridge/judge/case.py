@@ -38,6 +38,8 @@ class Case:
         Whether a departure is explained so well that another rendering of the prompt need not be looked for.
     library, residuals, evidence
         Under that rendering, or the official one where it is None; None where there is no reference or there are no logprobs.
+    log_e_official : float or None
+        Log e-value of all answers against an honest stack behind the official prompt.
     raw_residuals, raw_evidence
         The same of the answers to the reference's own tokens.
     """
@@ -56,6 +58,7 @@ class Case:
     official_differs: bool
     mixed: bool = False
     settled: bool = False
+    log_e_official: float | None = None
     raw_residuals: Residuals | None = None
     raw_evidence: WeightEvidence | None = None
     route: list[Observation] = field(default_factory=list)

@@ -187,7 +187,13 @@ def build_library(
     BundleError
         If the bundle cannot be judged against at this level.
     """
-    return _build(bundle, policy, top_k, level, bfloat16_logprobs, None, OFFICIAL)
+    return _built(bundle, policy.model_dump_json(by_alias=True), top_k, level, bfloat16_logprobs)
+
+
+@lru_cache(maxsize=4)
+def _built(bundle: Bundle, policy: str, top_k: int, level: LogprobLevel, bfloat16_logprobs: bool) -> Library:
+    """The same library for every endpoint of a fleet that is judged alike."""
+    return _build(bundle, Policy.model_validate_json(policy), top_k, level, bfloat16_logprobs, None, OFFICIAL)
 
 
 @lru_cache(maxsize=20)

@@ -49,7 +49,8 @@ def open_case(plan: Plan, capability: Capability, observations: Iterable[Observa
     if library is None or not usable:
         return case
     residuals, evidence = _weighed(library, answers, plan.policy)
-    case = replace(case, residuals=residuals, evidence=evidence)
+    log_e = float(evidence.log_total[-1]) if evidence is not None else None
+    case = replace(case, residuals=residuals, evidence=evidence, log_e_official=log_e)
     raw_residuals, raw_evidence = _weighed(library, raw_answers, plan.policy)
     case = replace(case, raw_residuals=raw_residuals, raw_evidence=raw_evidence)
     if evidence is None or differs_after(evidence, plan.policy) is None:

@@ -150,6 +150,7 @@ def judge(
         excluded=weights.excluded,
         sentence=sentence,
         error_rate=_error_rate(case, word, cause),
+        log10_e_value=_log10_e_value(case, found["sampling"]),
         effective_noise_nats=next((e for e in weights.effects if e.name == "effective noise"), None),
         answers_used=weights.answers_used,
         requests_sent=requests_sent,
@@ -284,6 +285,23 @@ def _interruption(word: VerdictWord, stopped_because: str, observations: list[Ob
         limit = "max_requests" if stopped_because == "budget_requests" else "max_cost_usd"
         return f" The budget ({limit}) was spent: raise it and go on with `weighbridge resume`."
     return ""
+
+
+def _log10_e_value(case: Case, sampling: Finding) -> float | None:
+    """One e-value of the audit, as it stood when it stopped: a mean of those of its kinds of evidence, which is again one.
+
+    What has been the largest on the way is none, so that is not taken (Choe and Ramdas 2024).
+    """
+    log10_e = [] if case.log_e_official is None else [case.log_e_official / float(np.log(10))]
+    drawn = [sampling.details[name] for name in ("log10_e_at_0", "log10_e_at_1") if name in sampling.details]
+    if drawn:
+        log10_e.append(_log10_mean(drawn))
+    return _log10_mean(log10_e) if log10_e else None
+
+
+def _log10_mean(log10_values: list[float]) -> float:
+    largest = max(log10_values)
+    return largest + float(np.log10(np.mean([10 ** (value - largest) for value in log10_values])))
 
 
 def _error_rate(case: Case, word: VerdictWord, cause: Cause | None) -> str:

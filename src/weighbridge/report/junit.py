@@ -14,7 +14,7 @@ def write_junit(folder: Path, report: Report) -> None:
     """Write junit.xml: inconsistent axes that the policy requires fail, unanswered ones are skipped."""
     required = set(report.policy.requires)
     suite = ElementTree.Element(
-        "testsuite", name=_clean(f"weighbridge {report.endpoint.name}"), timestamp=report.created_at[:19]
+        "testsuite", name=clean(f"weighbridge {report.endpoint.name}"), timestamp=report.created_at[:19]
     )
     failures = skipped = errors = 0
     for finding in report.findings.findings:
@@ -24,14 +24,14 @@ def write_junit(folder: Path, report: Report) -> None:
         if finding.outcome == "inconsistent" and finding.axis in required:
             failures += 1
             ElementTree.SubElement(
-                case, "failure", message=_clean(finding.summary), type=finding.cause or "none_of_these"
+                case, "failure", message=clean(finding.summary), type=finding.cause or "none_of_these"
             )
         elif finding.outcome == "error":
             errors += 1
-            ElementTree.SubElement(case, "error", message=_clean(finding.summary))
+            ElementTree.SubElement(case, "error", message=clean(finding.summary))
         elif finding.outcome != "consistent":
             skipped += 1
-            ElementTree.SubElement(case, "skipped", message=_clean(f"{finding.outcome}: {finding.summary}"))
+            ElementTree.SubElement(case, "skipped", message=clean(f"{finding.outcome}: {finding.summary}"))
     for name, value in (
         ("tests", len(report.findings.findings)),
         ("failures", failures),
@@ -45,10 +45,11 @@ def write_junit(folder: Path, report: Report) -> None:
         ("cause", report.verdict.cause or ""),
         ("policy", report.policy.id),
     ):
-        ElementTree.SubElement(properties, "property", name=name, value=_clean(text))
+        ElementTree.SubElement(properties, "property", name=name, value=clean(text))
     suite.insert(0, properties)
     write_atomically(folder / "junit.xml", ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True))
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """Leave out what XML cannot hold."""
     return _NOT_XML.sub("�", text)

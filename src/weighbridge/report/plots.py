@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-_INK, _SOFT, _ENDPOINT, _HONEST = "#1d2733", "#66717e", "#9b2d1f", "#d5e6dc"
+INK, SOFT, MARKED, _HONEST = "#1d2733", "#66717e", "#9b2d1f", "#d5e6dc"
 FOREMOST = 12  # directions that are drawn
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "weighbridge", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _SOFT, "text.color": _INK,
-    "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT, "text.color": INK,
+    "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
 }  # fmt: skip
 
 
@@ -30,20 +30,20 @@ def scale_plot(details: dict[str, Any]) -> str:
         ladder = details["ladder"]
         endpoint = details["endpoint_noise_nats"]
         axes.axvspan(1e-9, details["null_scale_nats"], color=_HONEST, zorder=0)
-        axes.axvline(endpoint["value"], color=_ENDPOINT, linewidth=1, zorder=1)
+        axes.axvline(endpoint["value"], color=MARKED, linewidth=1, zorder=1)
         for height, row in enumerate(ladder, start=1):
             marker = "o" if row["honest"] else "s"
-            axes.plot([row["p05_nats"], row["p95_nats"]], [height, height], color=_SOFT, linewidth=2, zorder=2)
+            axes.plot([row["p05_nats"], row["p95_nats"]], [height, height], color=SOFT, linewidth=2, zorder=2)
             axes.plot(
                 row["noise_nats"],
                 height,
                 marker,
-                color=_INK,
-                markerfacecolor="white" if row["honest"] else _INK,
+                color=INK,
+                markerfacecolor="white" if row["honest"] else INK,
                 zorder=3,
             )
-        axes.plot([endpoint["low"], endpoint["high"]], [0, 0], color=_ENDPOINT, linewidth=3, zorder=2)
-        axes.plot(endpoint["value"], 0, "D", color=_ENDPOINT, markersize=8, zorder=3)
+        axes.plot([endpoint["low"], endpoint["high"]], [0, 0], color=MARKED, linewidth=3, zorder=2)
+        axes.plot(endpoint["value"], 0, "D", color=MARKED, markersize=8, zorder=3)
         axes.set_yticks(range(len(ladder) + 1), ["this endpoint", *(row["stack"] for row in ladder)], fontsize=8)
         axes.set_ylim(-0.8, len(ladder) + 0.8)
         axes.set_xscale("log")
@@ -51,7 +51,7 @@ def scale_plot(details: dict[str, Any]) -> str:
         axes.set_xlim(lowest / 1.5, max([endpoint["high"], *(row["p95_nats"] for row in ladder)]) * 1.5)
         axes.set_xlabel("distance from the reference, nats (log scale)")
 
-    return _svg(
+    return svg(
         paint,
         height=0.22 * (len(details["ladder"]) + 1) + 0.9,
         title="Distance from the reference: this endpoint and every recorded stack",
@@ -72,14 +72,14 @@ def direction_plot(details: dict[str, Any]) -> str:
                 solid_capstyle="butt",
                 zorder=0,
             )
-            axes.plot([row["low"], row["high"]], [height, height], color=_SOFT, linewidth=2, zorder=2)
-            axes.plot(row["cosine"], height, "s", color=_INK, zorder=3)
-        axes.axvline(0, color=_SOFT, linewidth=0.6)
+            axes.plot([row["low"], row["high"]], [height, height], color=SOFT, linewidth=2, zorder=2)
+            axes.plot(row["cosine"], height, "s", color=INK, zorder=3)
+        axes.axvline(0, color=SOFT, linewidth=0.6)
         axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
         axes.set_xlim(-1, 1.05)
         axes.set_xlabel("cosine with this endpoint's residual")
 
-    return _svg(
+    return svg(
         paint,
         height=0.34 * len(_foremost(details)) + 0.9,
         title="Direction of the residual: agreement with each recorded variant",
@@ -97,30 +97,31 @@ def course_plot(details: dict[str, Any], threshold: float) -> str:
     def paint(axes: Axes) -> None:
         course = details["course"]
         answers = range(1, len(course) + 1)
-        axes.axhline(threshold, color=_ENDPOINT, linewidth=1, linestyle="--")
-        axes.text(1, threshold, " differs", va="bottom", color=_ENDPOINT)
+        axes.axhline(threshold, color=MARKED, linewidth=1, linestyle="--")
+        axes.text(1, threshold, " differs", va="bottom", color=MARKED)
         axes.plot(
-            answers, [max(row["log10_e_size"], -6) for row in course], color=_SOFT, linestyle=":", label="by size"
+            answers, [max(row["log10_e_size"], -6) for row in course], color=SOFT, linestyle=":", label="by size"
         )
         axes.plot(
             answers,
             [max(row["log10_e_direction"], -6) for row in course],
-            color=_SOFT,
+            color=SOFT,
             linestyle="--",
             label="by direction",
         )
         axes.plot(
-            answers, [max(row["log10_e"], -6) for row in course], color=_INK, linewidth=2, marker=".", label="together"
+            answers, [max(row["log10_e"], -6) for row in course], color=INK, linewidth=2, marker=".", label="together"
         )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("answers with logprobs")
         axes.set_ylabel("log10 of the evidence (e-value)")
         axes.legend(frameon=False, loc="best")
 
-    return _svg(paint, height=3.0, title="Evidence against the honest library after each answer")
+    return svg(paint, height=3.0, title="Evidence against the honest library after each answer")
 
 
-def _svg(paint: Callable[[Axes], None], *, height: float, title: str) -> str:
+def svg(paint: Callable[[Axes], None], *, height: float, title: str) -> str:
+    """Draw one picture as SVG text, the same bytes for the same numbers, without dates or addresses."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.6, height), layout="constrained")
         paint(figure.add_subplot())

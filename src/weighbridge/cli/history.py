@@ -1,0 +1,107 @@
+"""weighbridge history."""
+
+from pathlib import Path
+
+import click
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from weighbridge.canonical import rounded
+from weighbridge.cli.common import json_option, print_json, talk
+from weighbridge.errors import ConfigurationError
+from weighbridge.history.changes import Change, changes_of, run_length
+from weighbridge.history.index import INDEX, Run, opened, refresh, runs
+from weighbridge.history.one_token import read_one_token_history
+from weighbridge.report.course import table_of_nights, write_course
+
+NIGHTS_SHOWN = 30
+
+
+@click.command("history")
+@click.argument("endpoint", required=False)
+@click.option("--runs", "root", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="The folder under which run folders lie.")
+@click.option("--rebuild", is_flag=True, help="Make the index again from the run folders.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print all runs as CSV.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the nights of one endpoint.")
+@click.option("--one-token", type=click.Path(path_type=Path), metavar="FILE.json",
+              help="Judge another monitor's record of one-token answers instead: {prompt: {batch time: [[time, token], …]}}.")
+@json_option
+def history_command(
+    endpoint: str | None, root: Path, rebuild: bool, as_csv: bool, plot: Path | None, one_token: Path | None, as_json: bool
+) -> int:  # fmt: skip
+    """Show what was said of every endpoint, night by night, and the nights on which one changed."""
+    if one_token is not None:
+        found = read_one_token_history(one_token)
+        names = [one_token.name]
+        _show([], {names[0]: found}, as_json, len(names))
+        return 0
+    if not root.is_dir():
+        raise ConfigurationError(f"there is no folder {root}", "Name the folder of your runs with --runs")
+    if rebuild:
+        for suffix in ("", "-wal", "-shm"):
+            (root / f"{INDEX}{suffix}").unlink(missing_ok=True)
+    with opened(root, _say) as connection:
+        refresh(connection, root, _say)
+        whole = runs(connection)
+    by_endpoint: dict[str, list[Run]] = {}
+    for run in whole:
+        by_endpoint.setdefault(run["endpoint"], []).append(run)
+    if endpoint is not None:
+        if endpoint not in by_endpoint:
+            known = ", ".join(sorted(by_endpoint)[:10]) or "none"
+            raise ConfigurationError(f"no run of {endpoint!r} lies under {root}", f"Known endpoints: {known}")
+        whole = by_endpoint[endpoint]
+    nights = run_length(len(by_endpoint))
+    chosen = {endpoint: by_endpoint[endpoint]} if endpoint is not None else by_endpoint
+    changes = {name: changes_of(own, nights) for name, own in chosen.items()}
+    if plot is not None:
+        if endpoint is None:
+            raise ConfigurationError("--plot needs an endpoint", "Name one: weighbridge history ENDPOINT --plot FILE.svg")
+        write_course(plot, whole, changes[endpoint], f"Nights of {endpoint}")
+        _say(f"drawn: {plot}")
+    if as_csv:
+        click.echo(pd.DataFrame(table_of_nights(whole)).to_csv(index=False), nl=False)
+        return 0
+    _show(whole, changes, as_json, len(by_endpoint))
+    return 0
+
+
+def _show(whole: list[Run], changes: dict[str, list[Change]], as_json: bool, endpoints: int) -> None:
+    found = [vars(change) for of_endpoint in changes.values() for change in of_endpoint]
+    if as_json:
+        document = {
+            "schema": "weighbridge/history/1", "runs": table_of_nights(whole), "changes": found,
+            "average_run_length_nights": run_length(endpoints),
+        }  # fmt: skip
+        print_json(rounded(document))
+        return
+    if whole:
+        table = Table(box=None, header_style="bold")
+        for heading in ("night", "endpoint", "verdict", "cause", "noise, nats", "requests", "errors", "USD", "latency, s"):
+            table.add_column(heading)
+        for run in whole[-NIGHTS_SHOWN:]:
+            table.add_row(
+                run["night"], escape(run["endpoint"]), run["verdict"].replace("_", " "), run["cause"] or "", _number(run["noise_nats"]),
+                str(run["requests_sent"]), str(run["errors"]), _number(run["cost_usd"]), _number(run["latency_s"]),
+            )  # fmt: skip
+        Console().print(table)
+        if len(whole) > NIGHTS_SHOWN:
+            _say(f"the last {NIGHTS_SHOWN} of {len(whole)} runs; all of them: --csv or --json")
+    for change in found:
+        Console().print(
+            f"{change['endpoint']}: changed on {change['began']} against {'the reference' if change['against'] == 'reference' else 'its own past'}, "
+            f"found on {change['found']} (detector 10^{change['log10_detector']:.1f}; without a change one is found every {change['run_length_nights']:.0f} nights at most)",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if not found:
+        _say("no change was found")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _say(text: str) -> None:
+    talk.print(text, markup=False, highlight=False, soft_wrap=True)

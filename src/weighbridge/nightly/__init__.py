@@ -1,0 +1,1 @@
+"""One night of a fleet: what is due, within which budget, asked all at once and judged together."""
