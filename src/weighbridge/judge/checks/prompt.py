@@ -142,15 +142,14 @@ def _unknown(
     if by_counts and 0 not in by_counts:
         record = reading.hypotheses[by_counts[0]]
         # Any text of that length is counted so.
-        cause = explain_counts(reading)[0]
+        cause, _, length = explain_counts(reading)
         return _finding(
             "inconsistent", f"The token counts of {reading.counted} prompts are those of another rendering, and the answers are not the reference's under it either: {record.description}, or another text of that length",
-            cause=cause if cause != "none_of_these" else record.cause or "template", effects=shift, **common,
+            cause=cause if cause != "none_of_these" else record.cause or "template", effects=[*shift, *_added(length)], **common,
         )  # fmt: skip
     if reading.counted >= case.plan.policy.min_counted and 0 not in by_counts:
         cause, what, length = explain_counts(reading)
-        if length is not None:
-            shift = [*shift, Effect(name="length of what was added", value=length, unit="tokens")]
+        shift = [*shift, *_added(length)]
         foreign = _foreign_share(case)
         if cause == "none_of_these" and foreign > MOST_FOREIGN:
             cause = "other_model"
@@ -177,6 +176,10 @@ def _unknown(
         effects=shift,
         **common,
     )
+
+
+def _added(length_tokens: float | None) -> list[Effect]:
+    return [] if length_tokens is None else [Effect(name="length of what was added", value=length_tokens, unit="tokens")]
 
 
 def _foreign_share(case: Case) -> float:
