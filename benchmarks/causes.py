@@ -53,6 +53,7 @@ SAMPLING_LIES = {
 }
 FORGED = ("depth-24", "q4_0", "int4-g64")
 FORGED_REPORTED = ("int8",)
+HONEST_SAMPLING = 16  # whole audits of an honest host, beside those with raw completions
 RAW = ("int4-g64", "q4_0")
 
 
@@ -169,7 +170,9 @@ def whole_audits(bundle: Bundle, library: Library, seeds: int) -> Iterator[tuple
     with lab_backend(VARIANTS["f16-one-thread"], say) as honest:
         plain = {"honest": Lies(), "no-logprobs": Lies(max_top_logprobs=0), **SAMPLING_LIES}
         for name, lies in plain.items():
-            for seed in range(seeds if name in SAMPLING_LIES else 1):
+            for seed in range(
+                seeds if name in SAMPLING_LIES else HONEST_SAMPLING if name == "honest" and seeds > 1 else 1
+            ):
                 with Front(honest.port, lies) as front:
                     seen = live(name, front, seed, bundle)
                 yield name, judged(name, seen, library), seen[2]
@@ -266,6 +269,13 @@ def measure(document: Document, seed: int, quick: bool) -> None:
     document.reported["causes named under sampling lies"] = {
         name: dict(Counter(str(a.verdict.cause) for n, a in lying if n == name)) for name in SAMPLING_LIES
     }
+
+    # Sampling that is honest, behind honest and altered weights.
+    drawn_as_said = [
+        a for name in ("honest", "no-logprobs", "raw-f16", *(f"raw-{v}" for v in RAW)) for a in whole[name]
+    ]
+    accused = sum(a.findings["sampling"].outcome == "inconsistent" for a in drawn_as_said)
+    add("honest sampling called otherwise", accused, len(drawn_as_said), "0", accused == 0)
 
     # The length of a hidden prompt.
     exact = of = 0

@@ -21,6 +21,12 @@ from weighbridge.reference.bundle import Bundle
 REFERENCE = "smollm2-135m-instruct"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What serves a real model goes first: of two processes neither is left with it alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("lab") is None)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended."""

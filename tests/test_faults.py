@@ -562,6 +562,15 @@ def test_resume_after_a_kill_asks_the_request_that_was_under_way(
     assert sorted(attempts.values()) == [1, 1, 1, 2]
 
 
+def test_every_request_has_a_seed_of_its_own(audit: Callable[..., Ended], run: Path) -> None:
+    """Under one seed a server takes the same random number each time, and what it draws is no longer independent."""
+    with FaultServer(first(20, well_formed, refuses(401, "enough"))) as server:
+        audit(server.base_url)
+    asked = [line for line in events(run, "sent") if not line["request_id"].startswith("sampling-")]
+    seeds = {line["request_id"]: line["body"]["seed"] for line in asked if line.get("method", "POST") == "POST"}
+    assert len(set(seeds.values())) == len(seeds) >= 10
+
+
 def test_a_killed_audit_can_be_judged_and_resumed(run: Path, reference: str, weighbridge_cli: Weighbridge) -> None:
     """The process is killed outright while an answer is under way."""
     started = [False]

@@ -267,8 +267,9 @@ class Auditor:
         self, collector: Collector, request: PlannedRequest, capability: Capability
     ) -> tuple[str | None, Observation | None]:
         temperature, top_logprobs = sampling_of(request, capability)
-        # Not made from the draw's seed, which the endpoint must not learn.
-        seed = int(sha256_hex(self._plan.run_id.encode())[:7], 16)
+        # Not made from the draw's seed, which the endpoint must not learn; and another one for every request: under one seed a server
+        # takes the same random number each time, and what it draws from different lists is no longer independent.
+        seed = int(sha256_hex(f"{self._plan.run_id} {request.request_id}".encode())[:7], 16)
         body: dict[str, Any] = self._dialect.body(
             self._endpoint, request, temperature=temperature, top_logprobs=top_logprobs, seed=seed,
             prompt_ids=self._bundle.prompt_of(request.probe.id) if request.raw and self._bundle is not None else [],

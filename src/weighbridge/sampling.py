@@ -11,7 +11,7 @@ from weighbridge.reference.bundle import Bundle
 
 TEXT_TOKENS = 8
 LONGER_TOKENS = 16
-HOT_TOKENS = 64
+HOT_TOKENS = 48
 NARROW_TOKENS = 32
 COLD, WARM, HOT = 0.0, 1.0, 2.0
 TINY_NUCLEUS = 0.01
@@ -65,6 +65,7 @@ def sampling_requests(bundle: Bundle | None, nonce: str) -> list[PlannedRequest]
         _request("warm-again", "the same again, with the same seed", _STORY, {"temperature": WARM, "seed": 1}),
         _request("warm-other", "the same with another seed", _STORY, whole | {"temperature": WARM, "seed": 3}, LONGER_TOKENS),
         _request("hot", "temperature 2", _STORY, whole | {"temperature": HOT, "seed": 4}, HOT_TOKENS),
+        _request("hot-drawer", "the same of another text", _DRAWER, whole | {"temperature": HOT, "seed": 10}, HOT_TOKENS),
         _request("top-p", "only the likeliest tokens, by top_p", _STORY, whole | {"temperature": WARM, "top_p": TINY_NUCLEUS, "seed": 5}, NARROW_TOKENS),
         _request("top-k", "only the likeliest token, by top_k", _STORY, {"temperature": WARM, "top_k": 1, "seed": 6}),
         _request("min-p", "only the likeliest token, by min_p", _STORY, {"temperature": WARM, "min_p": 1.0, "seed": 7}),

@@ -166,9 +166,10 @@ def _under(case: Case, library: Library, hypothesis: int, *, certain: bool) -> C
     if under.evidence is None or under.library is None or differs_after(under.evidence, policy) is None:
         return under
     _, exact, family = nearest(under.evidence, under.library, policy)
-    # Token counts alone are no proof: another text may be as long. But where they tell of another prompt, one that is nearly
-    # a recorded one will not do: what is left could be the rest of that prompt.
-    named = (exact or family) and not _contradicted(reading, policy)
+    # Token counts alone are no proof: another text may be as long, so a family is named only where the answers are nearer too. And
+    # where counts tell of another prompt, one that is nearly a recorded one will not do: what is left could be the rest of that prompt.
+    explained = exact or (family and reading.is_nearer(hypothesis, 0))
+    named = explained and not _contradicted(reading, policy)
     return replace(under, settled=exact) if named else None
 
 

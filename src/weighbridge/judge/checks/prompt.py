@@ -142,15 +142,14 @@ def _unknown(
     if by_counts and 0 not in by_counts:
         record = reading.hypotheses[by_counts[0]]
         # Any text of that length is counted so.
-        cause = explain_counts(reading)[0]
+        cause, _, length = explain_counts(reading)
         return _finding(
             "inconsistent", f"The token counts of {reading.counted} prompts are those of another rendering, and the answers are not the reference's under it either: {record.description}, or another text of that length",
-            cause=cause if cause != "none_of_these" else record.cause or "template", effects=shift, **common,
+            cause=cause if cause != "none_of_these" else record.cause or "template", effects=[*shift, *_added(length)], **common,
         )  # fmt: skip
     if reading.counted >= case.plan.policy.min_counted and 0 not in by_counts:
         cause, what, length = explain_counts(reading)
-        if length is not None:
-            shift = [*shift, Effect(name="length of what was added", value=length, unit="tokens")]
+        shift = [*shift, *_added(length)]
         foreign = _foreign_share(case)
         if cause == "none_of_these" and foreign > MOST_FOREIGN:
             cause = "other_model"
@@ -176,6 +175,12 @@ def _unknown(
         ),
         effects=shift,
         **common,
+    )
+
+
+def _added(length_tokens: float | None) -> list[Effect]:
+    return (
+        [] if length_tokens is None else [Effect(name="length of what was added", value=length_tokens, unit="tokens")]
     )
 
 
@@ -234,11 +239,11 @@ def _explain_shapes(by_shape: dict[Shape, int], n: int) -> tuple[Cause, str, flo
     """What offsets that go with the shape of a conversation, whatever its text says, look like."""
     modes: list[int] = []
     for kind in (False, True):
-        of_kind = [offset for (has_system, _), offset in by_shape.items() if has_system == kind]
+        of_kind = [offset for (own, _), offset in by_shape.items() if own == kind]
         if of_kind and max(of_kind) - min(of_kind) > SLIP:
             listed = ", ".join(
-                f"{offset:+d} for {turns} message{'s' * (turns > 1)}{' with a system message' * has_system}"
-                for (has_system, turns), offset in sorted(by_shape.items())
+                f"{offset:+d} for {turns} message{'s' * (turns > 1)}{' with a system message' * own}"
+                for (own, turns), offset in sorted(by_shape.items())
             )
             return (
                 "template", f"The prompts are counted otherwise than the official rendering by what goes with the number of messages, whatever they say (tokens: {listed}; {n} prompts): another template",
@@ -266,8 +271,8 @@ def _explain_shapes(by_shape: dict[Shape, int], n: int) -> tuple[Cause, str, flo
 def _by_shape(reading: PromptReading) -> dict[Shape, int] | None:
     """By how much conversations of each shape are counted otherwise, the most frequent shapes first; None where that varies with their text."""
     shapes: dict[Shape, list[int]] = {}
-    for has_system, turns, offset in zip(reading.has_system, reading.turns, reading.offsets[0], strict=True):
-        shapes.setdefault((bool(has_system), int(turns)), []).append(int(offset))
+    for own, turns, offset in zip(reading.has_system, reading.turns, reading.offsets[0], strict=True):
+        shapes.setdefault((bool(own), int(turns)), []).append(int(offset))
     if reading.counted - len(shapes) < LEAST_OF_A_SHAPE:
         return None
     modes = {

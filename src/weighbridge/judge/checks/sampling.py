@@ -56,7 +56,7 @@ def check_sampling(case: Case) -> Finding:
     # What a server cuts off by itself it cuts off from these, but not from those for which it was told not to.
     warm = draws_of([*_first_tokens(case.answers), *_positions(case, ("warm",))])
     whole = draws_of(_positions(case, ("warm-other",)))
-    hot = draws_of(_positions(case, ("hot",)))
+    hot = draws_of(_positions(case, ("hot", "hot-drawer")))
     details: dict[str, Any] = {
         "drawn_at_temperature_0": cold.count,
         "drawn_at_temperature_1": warm.count + whole.count,
@@ -144,7 +144,7 @@ def _positions(case: Case, names: Iterable[str]) -> list[tuple[TopToken | None, 
             known = position.bytes_hex is not None and position.logprob_nats is not None
             token = TopToken(bytes_hex=position.bytes_hex or "", logprob_nats=position.logprob_nats or 0.0)
             named = known and position.bytes_hex != ""
-            likeliest = bytes.fromhex(position.top[0].bytes_hex).strip() if position.top else b""
+            likeliest = bytes.fromhex(position.top[0].bytes_hex) if position.top else b""
             if likeliest not in before:
                 out.append((token if named else None, position.top))
             before += bytes.fromhex(token.bytes_hex)
