@@ -66,6 +66,7 @@ class Host:
     sticky: bool = False
     seconds: float = 1.0
     counted_more: int = 0
+    same_numbers: bool = False
     drawn_before: int = 0
 
     def answer(self, request: PlannedRequest) -> Observation:
@@ -99,6 +100,8 @@ class Host:
         seed = settings.get("seed")
         self.drawn_before += 1
         rng = np.random.default_rng([seed, 77] if seed is not None else [self.drawn_before, 78])
+        if self.same_numbers:
+            rng = np.random.default_rng([self.model, 79])
         before: list[int] = []
         positions = []
         for _ in range(length):
@@ -145,7 +148,9 @@ class Host:
         keep &= shares >= settings.get("min_p", self.min_p) * shares.max()
         keep[order[0]] = True
         shares = np.where(keep, shares, 0)
-        return int(rng.choice(len(shares), p=shares / shares.sum()))
+        # A server that sorts first gives one random number one rank.
+        places = order if self.same_numbers else np.arange(len(shares))
+        return int(places[rng.choice(len(shares), p=shares[places] / shares.sum())])
 
 
 def normalised(values: Floats) -> Floats:
@@ -324,6 +329,19 @@ def test_an_honest_host_is_consistent_whatever_its_defaults_cut_off(cut: dict[st
     assert finding.details["not_the_likeliest_at_0"] == 0
     assert finding.details["drawn_at_temperature_0"] >= 30
     assert finding.details["drawn_at_temperature_1"] >= 50
+
+
+def test_a_host_that_takes_the_same_random_numbers_for_every_request_is_not_accused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first tokens of all its answers are one draw; taken for many they look as if drawn at another temperature."""
+    cases = []
+    for model in range(12):
+        host = Host(model=model, same_numbers=True)
+        cases.append(replace(case_of(host), answers=first_tokens(host, 1.0, 40)))
+    assert [check_sampling(case).outcome for case in cases] == ["consistent"] * len(cases)
+    monkeypatch.setattr("weighbridge.judge.checks.sampling._draws_anew", lambda _: True)
+    assert "inconsistent" in {check_sampling(case).outcome for case in cases}
 
 
 @pytest.mark.parametrize("seed", range(6))
