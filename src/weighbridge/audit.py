@@ -43,6 +43,7 @@ RECORD_WAIT_S = 2.5  # a router writes its record of an answer some seconds afte
 _REFUSALS = frozenset({"http_401", "http_402", "http_403", "http_404", "redirect", "unknown_host", "tls"})
 # One probe may be forbidden or lost by itself; these concern all of them.
 _REFUSES_EVERYTHING = frozenset({"http_401", "http_402", "redirect", "unknown_host", "tls"})
+Seen = dict[str, Observation]
 FINAL_REASONS = frozenset({"decided", "probes_used_up", "level_not_supported"})
 
 
@@ -163,11 +164,11 @@ class Auditor:
 
     async def _each(self, collector: Collector, requests: list[PlannedRequest]) -> str | None:
         """Send all of some requests; returns why that was not possible."""
-        return await self._send_until(collector, requests, lambda: None)
+        return await self._send_until(collector, requests, lambda _: None)
 
     async def _raw_probes(self, collector: Collector) -> str | None:
         """Ask the weights with the reference's own tokens, where the chat's prompt is not known; one refusal is an answer."""
-        case = self._case()
+        case = await asyncio.to_thread(self._case, dict(self._seen))
         if case.served is not None or self._bundle is None:
             return None
         requests = [raw_twin(request) for request in self._plan.probe_requests]
@@ -175,7 +176,7 @@ class Auditor:
         if refusal is not None or first is None or not first.answered or first.top is None:
             return refusal
         because = await self._send_until(
-            collector, requests, lambda: "decided" if is_decided_raw(self._case()) else None
+            collector, requests, lambda seen: "decided" if is_decided_raw(self._case(seen)) else None
         )
         return None if because in (None, "decided") else because
 
@@ -209,15 +210,19 @@ class Auditor:
         return because or ("probes_used_up" if enough_logprobs else "level_not_supported")
 
     async def _send_until(
-        self, collector: Collector, requests: list[PlannedRequest], decided: Callable[[], str | None]
+        self, collector: Collector, requests: list[PlannedRequest], decided: Callable[[Seen], str | None]
     ) -> str | None:
-        """Send requests until that is decided, refused or forbidden; returns why it stopped, None where all were sent."""
+        """Send requests until that is decided, refused or forbidden; returns why it stopped, None where all were sent.
+
+        It is decided in a thread of its own, on what has come back by then: many audits may be under way, and none is to wait for the
+        arithmetic of another one.
+        """
         capability = read_capability(self._seen)
         waiting = [r for r in requests if r.request_id not in self._seen]
         # What was refused before goes last, so that one forbidden probe does not stop every `resume`.
         waiting.sort(key=lambda r: self._was_refused(r.request_id))
         running: set[asyncio.Task[tuple[str | None, Observation | None]]] = set()
-        because = decided()
+        because = await asyncio.to_thread(decided, dict(self._seen))
         failures = 0
         try:
             while True:
@@ -238,7 +243,7 @@ class Auditor:
                             because = because or "refused"
                 if failures >= MOST_FAILURES_IN_A_ROW and because is None:
                     because = "unreachable"
-                because = because or decided()
+                because = because or await asyncio.to_thread(decided, dict(self._seen))
         finally:
             for task in running:
                 task.cancel()
@@ -291,12 +296,12 @@ class Auditor:
                 worst_case_tokens(request), observation.prompt_tokens, observation.completion_tokens or 1
             )
 
-    def _case(self) -> Case:
-        return open_case(self._plan, read_capability(self._seen), self._seen.values(), self._library)
+    def _case(self, seen: Seen) -> Case:
+        return open_case(self._plan, read_capability(seen), seen.values(), self._library)
 
-    def _decided(self) -> str | None:
+    def _decided(self, seen: Seen) -> str | None:
         """Why no more of the weights' probes are needed, or None."""
-        case = self._case()
+        case = self._case(seen)
         self._useful = useful_probes(case)
         self._tell(case)
         if is_decided(case):

@@ -52,7 +52,10 @@ class Fleet(Record):
     max_cost_usd_per_month: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_requests_per_month: int | None = Field(default=None, ge=1)
     concurrency: int = Field(
-        default=256, ge=1, le=1000, description="how many endpoints are asked at once; a dead one takes a place until it is given up"
+        default=256,
+        ge=1,
+        le=1000,
+        description="how many endpoints are asked at once; a dead one takes a place until it is given up",
     )
     jitter_s: float = Field(default=60.0, ge=0, le=7200, allow_inf_nan=False)
     false_discovery_rate: float = Field(default=0.01, gt=0, lt=0.5)

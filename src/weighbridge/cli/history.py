@@ -21,12 +21,23 @@ NIGHTS_SHOWN = 30
 
 @click.command("history")
 @click.argument("endpoint", required=False)
-@click.option("--runs", "root", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="The folder under which run folders lie.")
+@click.option(
+    "--runs",
+    "root",
+    type=click.Path(path_type=Path),
+    default=Path("reports"),
+    show_default=True,
+    help="The folder under which run folders lie.",
+)
 @click.option("--rebuild", is_flag=True, help="Make the index again from the run folders.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print all runs as CSV.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the nights of one endpoint.")
-@click.option("--one-token", type=click.Path(path_type=Path), metavar="FILE.json",
-              help="Judge another monitor's record of one-token answers instead: {prompt: {batch time: [[time, token], …]}}.")
+@click.option(
+    "--one-token",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Judge another monitor's record of one-token answers instead: {prompt: {batch time: [[time, token], …]}}.",
+)
 @json_option
 def history_command(
     endpoint: str | None, root: Path, rebuild: bool, as_csv: bool, plot: Path | None, one_token: Path | None, as_json: bool
@@ -58,7 +69,9 @@ def history_command(
     changes = {name: changes_of(own, nights) for name, own in chosen.items()}
     if plot is not None:
         if endpoint is None:
-            raise ConfigurationError("--plot needs an endpoint", "Name one: weighbridge history ENDPOINT --plot FILE.svg")
+            raise ConfigurationError(
+                "--plot needs an endpoint", "Name one: weighbridge history ENDPOINT --plot FILE.svg"
+            )
         write_course(plot, whole, changes[endpoint], f"Nights of {endpoint}")
         _say(f"drawn: {plot}")
     if as_csv:
@@ -79,7 +92,17 @@ def _show(whole: list[Run], changes: dict[str, list[Change]], as_json: bool, end
         return
     if whole:
         table = Table(box=None, header_style="bold")
-        for heading in ("night", "endpoint", "verdict", "cause", "noise, nats", "requests", "errors", "USD", "latency, s"):
+        for heading in (
+            "night",
+            "endpoint",
+            "verdict",
+            "cause",
+            "noise, nats",
+            "requests",
+            "errors",
+            "USD",
+            "latency, s",
+        ):
             table.add_column(heading)
         for run in whole[-NIGHTS_SHOWN:]:
             table.add_row(

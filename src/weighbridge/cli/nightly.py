@@ -26,8 +26,18 @@ _SYMBOL = {"consistent": "✓", "inconclusive": "?", "differs": "✗", "differs_
 
 @click.command("nightly")
 @click.argument("fleet_file", metavar="FLEET.toml", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The folder of the fleet's nights. Default: reports/ and the file's name.")
-@click.option("--shard", default="1/1", metavar="I/N", show_default=True, help="Only the I-th of N parts of the fleet; `merge` puts them together.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The folder of the fleet's nights. Default: reports/ and the file's name.",
+)
+@click.option(
+    "--shard",
+    default="1/1",
+    metavar="I/N",
+    show_default=True,
+    help="Only the I-th of N parts of the fleet; `merge` puts them together.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what is due and what it may cost at most; send nothing.")
 @json_option
 def nightly_command(fleet_file: Path, out: Path | None, shard: str, dry_run: bool, as_json: bool) -> int:
@@ -55,7 +65,10 @@ def nightly_command(fleet_file: Path, out: Path | None, shard: str, dry_run: boo
         _say("interrupted; the same command goes on where it stopped")
         return 130
     except OSError as error:
-        raise RunFolderError(f"{root} cannot be written ({error.strerror or error})", "Check the folder and the disk; what was collected is kept") from None
+        raise RunFolderError(
+            f"{root} cannot be written ({error.strerror or error})",
+            "Check the folder and the disk; what was collected is kept",
+        ) from None
     if problem is not None:
         _say(f"{problem}; it will be told the next time")
     _show(night, root, as_json)
@@ -81,7 +94,9 @@ def merge_command(fleet_file: Path, shards: tuple[Path, ...], out: Path, as_json
                 judged.append(judge_together(connection, fleet, name, tasks, problems))
                 write_night(out / name, judged[-1])
     except OSError as error:
-        raise RunFolderError(f"{out} cannot be written ({error.strerror or error})", "Check the folder and the disk") from None
+        raise RunFolderError(
+            f"{out} cannot be written ({error.strerror or error})", "Check the folder and the disk"
+        ) from None
     _show(judged[-1], out, as_json)
     return _exit_code(judged[-1])
 
@@ -98,7 +113,7 @@ def _night(connection: sqlite3.Connection, fleet: Fleet, root: Path, tasks: list
         def told(task: Task, because: str) -> None:
             nonlocal through
             through += 1
-            _say(f"{through} of {len(due)} {task.endpoint.name}: {because.replace('_', ' ')}")
+            _say(f"{through} of {len(due)} {task.endpoint.name}: {because}")
 
         problems = collect_all(due, fleet.concurrency, fleet.jitter_s, told)
     whole = [task for task in tasks if task.endpoint.name not in problems]
@@ -135,22 +150,27 @@ def _show(night: FleetNight, root: Path, as_json: bool) -> None:
     if as_json:
         print_json({**rounded(night.model_dump(mode="json", by_alias=True)), "folder": str(root)})
         return
-    table = Table(box=None, header_style="bold", title=f"{escape(night.fleet)}, night of {night.night}", title_justify="left")
+    table = Table(
+        box=None, header_style="bold", title=f"{escape(night.fleet)}, night of {night.night}", title_justify="left"
+    )
     for heading in ("", "endpoint", "verdict", "cause", "before", "changed", "requests", "USD"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "verdict")
     for row in night.endpoints:
-        words = row.why or row.state if row.verdict is None else row.verdict.replace("_", " ")
+        words = row.state if row.verdict is None else row.verdict.replace("_", " ")
         table.add_row(
             _SYMBOL.get(str(row.verdict), "·"), escape(row.endpoint), escape(words), row.cause or "",
             (row.before or "").replace("_", " "), _changed(row), str(row.requests_sent or ""),
             "" if row.cost_usd is None else f"{row.cost_usd:.4f}",
         )  # fmt: skip
     Console().print(table)
+    for row in night.endpoints:
+        if row.why is not None:
+            Console().print(f"{row.endpoint}: {row.why}", markup=False, highlight=False, soft_wrap=True)
     Console().print(f"everything: {root / night.night}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _changed(row: FleetRow) -> str:
-    return f"on {row.change.began} (against its {row.change.against})".replace("its reference", "the reference") if row.change is not None else ""
+    return row.change.began if row.change is not None else ""
 
 
 def _exit_code(night: FleetNight) -> int:

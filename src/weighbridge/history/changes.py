@@ -50,17 +50,22 @@ def changes_of(runs: list[Run], run_length_nights: float) -> list[Change]:
     run_length_nights : float
         A: no alarm is raised below it.
     """
+    if not runs:
+        return []
     found: list[Change] = []
+    change = against_reference(runs, run_length_nights)
     rest = runs
     while True:
-        by_reference = against_reference(rest, run_length_nights) if not found else None
-        change = by_reference or against_own_past(rest, run_length_nights)
+        change = change or against_own_past(rest, run_length_nights)
         if change is None:
             return found
-        found.append(change)
+        # What differed on the first night of all has not changed.
+        if change.began != runs[0]["night"]:
+            found.append(change)
         # What follows is held against itself, from the change on.
         begin = next(i for i, run in enumerate(rest) if run["night"] == change.began)
-        rest = rest[max(begin, 1) :]
+        rest = rest[begin:] if change.against == "reference" else rest[max(begin, 1) :]
+        change = None
 
 
 def against_reference(runs: list[Run], run_length_nights: float) -> Change | None:

@@ -45,7 +45,9 @@ def judge_night(tonight: list[Run], earlier: list[Run], false_discovery_rate: fl
     named = _named(tonight, false_discovery_rate)
     last = {run["endpoint"]: run for run in earlier}
     nights = {run["night"] for run in last.values()}
-    named_before = {night: _named([run for run in earlier if run["night"] == night], false_discovery_rate) for night in nights}
+    named_before = {
+        night: _named([run for run in earlier if run["night"] == night], false_discovery_rate) for night in nights
+    }
     together = sum(run["log10_e_value"] is not None for run in tonight)
     out = []
     for run in tonight:
@@ -60,7 +62,7 @@ def judge_night(tonight: list[Run], earlier: list[Run], false_discovery_rate: fl
         out.append(
             FleetVerdict(
                 endpoint=name, night=run["night"], verdict=word, cause=cause, before=before, judged_together=together,
-                log10_e_value=run["log10_e_value"], sentence=_sentence(word, cause, before, together, false_discovery_rate, run["verdict"]),
+                log10_e_value=run["log10_e_value"], sentence=_sentence(word, cause, together, false_discovery_rate, run["verdict"]),
             )
         )  # fmt: skip
     return out
@@ -87,9 +89,7 @@ def _word(verdict: str, named: bool) -> VerdictWord:
     return "differs" if named else "inconclusive"
 
 
-def _sentence(
-    word: VerdictWord, cause: Cause | None, before: VerdictWord | None, together: int, rate: float, alone: str
-) -> str:
+def _sentence(word: VerdictWord, cause: Cause | None, together: int, rate: float, alone: str) -> str:
     basis = f"{together} endpoints judged together, at a false discovery rate of {rate:g}"
     if word == "differs_replicated":
         return f"Differs from the reference ({cause}), as on the night before with other draws; {basis}."

@@ -75,14 +75,17 @@ def _connect(path: Path) -> sqlite3.Connection:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             raise RunFolderError(
-                f"{path} was made by a later version of Weighbridge", "Use that version, or remove the file: it is made again"
+                f"{path} was made by a later version of Weighbridge",
+                "Use that version, or remove the file: it is made again",
             )
         for number, migration in enumerate(MIGRATIONS[version:], start=version + 1):
             connection.executescript(f"BEGIN; {migration} PRAGMA user_version = {number}; COMMIT;")
         connection.execute("SELECT count(*) FROM runs").fetchone()
     except sqlite3.OperationalError as error:
         connection.close()
-        raise RunFolderError(f"{path} cannot be used ({error})", "Check the disk, or remove the file: it is made again") from None
+        raise RunFolderError(
+            f"{path} cannot be used ({error})", "Check the disk, or remove the file: it is made again"
+        ) from None
     except BaseException:
         connection.close()
         raise

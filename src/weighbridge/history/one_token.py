@@ -56,7 +56,11 @@ def changes_of_batches(name: str, batches: dict[str, dict[str, Counter[str]]]) -
     while True:
         rest = times[start:]
         scores = scores_of([batches[time] for time in rest])
-        alarm = first_alarm(own_past_log_e(scores), shiryaev_roberts, run_length(1)) if len(rest) > BASELINE_NIGHTS else None
+        alarm = (
+            first_alarm(own_past_log_e(scores), shiryaev_roberts, run_length(1))
+            if len(rest) > BASELINE_NIGHTS
+            else None
+        )
         if alarm is None:
             return found
         index, began, log10_detector = alarm

@@ -1,6 +1,5 @@
 """One run as a row of the history: what was said, on what, at what cost, and how the endpoint served."""
 
-import json
 from datetime import date, datetime
 from pathlib import Path
 from statistics import median
@@ -12,8 +11,19 @@ from weighbridge.canonical import canonical_bytes, rounded, write_atomically
 from weighbridge.errors import ConfigurationError, RunFolderError
 from weighbridge.fleet import night_of
 from weighbridge.plan import worst_case_tokens
-from weighbridge.records import Axis, Cause, Finite, Observation, Outcome, Plan, Record, Verdict, VerdictWord, checked
-from weighbridge.store import RunFolder
+from weighbridge.records import (
+    AnyRecord,
+    Axis,
+    Cause,
+    Finite,
+    Observation,
+    Outcome,
+    Plan,
+    Record,
+    Verdict,
+    VerdictWord,
+    read_json,
+)
 
 ROW = "row.json"
 
@@ -71,8 +81,10 @@ def make_row(folder: Path, *, sealed: bool = False) -> Row:
     RunFolderError
         If it was not judged, or by a version whose files are others.
     """
-    plan = RunFolder(folder).plan()
-    verdict = _verdict(folder / "verdict.json")
+    if not (folder / "verdict.json").exists():
+        raise RunFolderError(f"{folder} was not judged", f"Judge it: weighbridge replay {folder}")
+    plan = _read(Plan, folder / "plan.json")
+    verdict = _read(Verdict, folder / "verdict.json")
     observations = _observations(folder / "observations.jsonl")
     noise = verdict.effective_noise_nats
     answered = {o.request_id for o in observations if o.answered}
@@ -129,12 +141,10 @@ def spent_usd(plan: Plan, observations: list[Observation]) -> float | None:
     return total
 
 
-def _verdict(file: Path) -> Verdict:
+def _read(kind: type[AnyRecord], file: Path) -> AnyRecord:
     try:
-        return checked(Verdict, json.loads(file.read_bytes()), str(file))
-    except FileNotFoundError:
-        raise RunFolderError(f"{file.parent} was not judged", f"Judge it: weighbridge replay {file.parent}") from None
-    except (ValueError, RecursionError, ConfigurationError):
+        return read_json(kind, file)
+    except ConfigurationError:
         raise RunFolderError(
             f"{file} was not written by this version", f"Judge it again: weighbridge replay {file.parent}"
         ) from None

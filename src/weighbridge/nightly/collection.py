@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -63,7 +62,9 @@ class Locked(contextlib.AbstractContextManager["Locked"]):
                 f"another nightly run is at work in {self._root}", "Wait for it to end; it does whatever is due"
             ) from None
         except OSError as error:
-            raise RunFolderError(f"{self._root} cannot be used ({error.strerror})", "Check the folder and the disk") from None
+            raise RunFolderError(
+                f"{self._root} cannot be used ({error.strerror})", "Check the folder and the disk"
+            ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,7 +119,7 @@ async def _collect_all(
 
     async def one(task: Task) -> None:
         assert task.plan is not None
-        await asyncio.sleep(random.Random(task.plan.draw.seed).uniform(0, jitter_s))
+        await asyncio.sleep(jitter_s * int(task.plan.draw.commitment[:8], 16) / 2**32)
         async with places:
             try:
                 because = await _auditor(task, bundles).run()
@@ -126,7 +127,7 @@ async def _collect_all(
                 because = problems[task.endpoint.name] = str(error)
             except OSError as error:
                 because = problems[task.endpoint.name] = f"{task.folder}: {error.strerror or error}"
-            tell(task, because)
+            tell(task, problems.get(task.endpoint.name, because.replace("_", " ")))
 
     async with asyncio.TaskGroup() as group:
         for task in tasks:

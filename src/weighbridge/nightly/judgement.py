@@ -70,7 +70,11 @@ class FleetNight(Record):
 
 
 def judge_runs(
-    connection: sqlite3.Connection, root: Path, tasks: list[Task], judge_and_report: JudgeAndReport, tell: Callable[[str], None]
+    connection: sqlite3.Connection,
+    root: Path,
+    tasks: list[Task],
+    judge_and_report: JudgeAndReport,
+    tell: Callable[[str], None],
 ) -> dict[str, str]:
     """Judge what was collected and not judged yet, and enter it; returns, by endpoint, what kept one from being judged."""
     problems: dict[str, str] = {}
@@ -135,7 +139,9 @@ def write_night(folder: Path, night: FleetNight) -> None:
     """Write fleet.json and junit.xml."""
     document = rounded(night.model_dump(mode="json", by_alias=True))
     write_atomically(folder / FLEET_NIGHT, canonical_bytes(document) + b"\n")
-    suite = ElementTree.Element("testsuite", name=clean(f"weighbridge {night.fleet}"), timestamp=f"{night.night}T12:00:00")
+    suite = ElementTree.Element(
+        "testsuite", name=clean(f"weighbridge {night.fleet}"), timestamp=f"{night.night}T12:00:00"
+    )
     counts = {"failures": 0, "errors": 0, "skipped": 0}
     for row in night.endpoints:
         case = ElementTree.SubElement(suite, "testcase", classname="weighbridge", name=clean(row.endpoint), time="0")

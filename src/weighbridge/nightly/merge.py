@@ -71,7 +71,9 @@ def _join(shard: Path, whole: Path) -> None:
     one = read_json(Night, shard)
     other = read_json(Night, whole) if whole.exists() else one
     if one.fleet != other.fleet:
-        raise ConfigurationError(f"{shard} is a night of {one.fleet}, and {whole} one of {other.fleet}", "Merge shards of one fleet")
+        raise ConfigurationError(
+            f"{shard} is a night of {one.fleet}, and {whole} one of {other.fleet}", "Merge shards of one fleet"
+        )
     committed = {c.endpoint: c for c in (*other.committed, *one.committed)}
     joined = other.model_copy(
         update={

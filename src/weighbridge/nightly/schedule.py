@@ -147,7 +147,9 @@ def _planned(
     """The plan of a night, whose limit is its own worst case: what it reserves is what it can spend at most."""
     bundle = None
     if endpoint.reference is not None:
-        bundle = bundles.get(endpoint.reference) or bundles.setdefault(endpoint.reference, load_bundle(endpoint.reference))
+        bundle = bundles.get(endpoint.reference) or bundles.setdefault(
+            endpoint.reference, load_bundle(endpoint.reference)
+        )
     seed = hmac.new(key, f"{night} {endpoint.slug}".encode(), hashlib.sha256).hexdigest()[:32]
     plan = make_plan(
         endpoint.as_endpoint(endpoint.limits.max_cost_usd), load_policy(endpoint.policy), bundle, level=endpoint.level,
@@ -184,7 +186,10 @@ class _Ledger:
         all_requests = sum(each for _, each in self._spent.values())
         worst_usd, worst_requests = plan.endpoint.limits.max_cost_usd, plan.endpoint.limits.max_requests
         fleet = self._fleet
-        in_money = (("its", endpoint.max_cost_usd_per_month, usd), ("the fleet's", fleet.max_cost_usd_per_month, all_usd))
+        in_money = (
+            ("its", endpoint.max_cost_usd_per_month, usd),
+            ("the fleet's", fleet.max_cost_usd_per_month, all_usd),
+        )
         for whose, most, used in in_money:
             if most is None:
                 continue

@@ -28,7 +28,17 @@ def course_of_nights(runs: list[Run], changes: list[Change], title: str) -> str:
             at = [i for i, run in enumerate(runs) if run["verdict"].startswith(word)]
             if at:
                 heights = [noise[i] if np.isfinite(noise[i]) else lowest for i in at]
-                axes.plot(at, heights, marker, color=INK, markerfacecolor=fill, markersize=5, linestyle="none", label=label, zorder=3)
+                axes.plot(
+                    at,
+                    heights,
+                    marker,
+                    color=INK,
+                    markerfacecolor=fill,
+                    markersize=5,
+                    linestyle="none",
+                    label=label,
+                    zorder=3,
+                )
         for i, run in enumerate(runs):
             if run["noise_low_nats"] and run["noise_high_nats"]:
                 axes.plot([i, i], [run["noise_low_nats"], run["noise_high_nats"]], color=SOFT, linewidth=1, zorder=2)

@@ -99,9 +99,7 @@ def course_plot(details: dict[str, Any], threshold: float) -> str:
         answers = range(1, len(course) + 1)
         axes.axhline(threshold, color=MARKED, linewidth=1, linestyle="--")
         axes.text(1, threshold, " differs", va="bottom", color=MARKED)
-        axes.plot(
-            answers, [max(row["log10_e_size"], -6) for row in course], color=SOFT, linestyle=":", label="by size"
-        )
+        axes.plot(answers, [max(row["log10_e_size"], -6) for row in course], color=SOFT, linestyle=":", label="by size")
         axes.plot(
             answers,
             [max(row["log10_e_direction"], -6) for row in course],
