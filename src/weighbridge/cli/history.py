@@ -11,10 +11,10 @@ from rich.table import Table
 from weighbridge.canonical import rounded
 from weighbridge.cli.common import json_option, print_json, talk
 from weighbridge.errors import ConfigurationError
-from weighbridge.history.changes import Change, changes_of, run_length
-from weighbridge.history.index import INDEX, Run, opened, refresh, runs
+from weighbridge.history.changes import LOOKED_AT, Change, changes_of, run_length
+from weighbridge.history.index import INDEX, Run, endpoints, opened, refresh, runs
 from weighbridge.history.one_token import read_one_token_history
-from weighbridge.report.course import table_of_nights, write_course
+from weighbridge.report.course import SHOWN, table_of_nights, write_course
 
 NIGHTS_SHOWN = 30
 
@@ -44,9 +44,7 @@ def history_command(
 ) -> int:  # fmt: skip
     """Show what was said of every endpoint, night by night, and the nights on which one changed."""
     if one_token is not None:
-        found = read_one_token_history(one_token)
-        names = [one_token.name]
-        _show([], {names[0]: found}, as_json, len(names))
+        _show([], {one_token.name: read_one_token_history(one_token)}, as_json, 1)
         return 0
     if not root.is_dir():
         raise ConfigurationError(f"there is no folder {root}", "Name the folder of your runs with --runs")
@@ -55,43 +53,50 @@ def history_command(
             (root / f"{INDEX}{suffix}").unlink(missing_ok=True)
     with opened(root, _say) as connection:
         refresh(connection, root, _say)
-        whole = runs(connection)
+        names = endpoints(connection)
+        everything = as_json or as_csv or plot is not None
+        whole = runs(connection, endpoint=endpoint, last=None if everything else NIGHTS_SHOWN)
+        looked_at = runs(connection, endpoint=endpoint, columns=LOOKED_AT)
+    if endpoint is not None and not whole:
+        known = ", ".join(names[:10]) or "none"
+        raise ConfigurationError(f"no run of {endpoint!r} lies under {root}", f"Known endpoints: {known}")
+    if plot is not None and endpoint is None:
+        raise ConfigurationError("--plot needs an endpoint", "Name one: weighbridge history ENDPOINT --plot FILE.svg")
+    if as_csv and plot is None:
+        _print_csv(whole)
+        return 0
     by_endpoint: dict[str, list[Run]] = {}
-    for run in whole:
+    for run in looked_at:
         by_endpoint.setdefault(run["endpoint"], []).append(run)
-    if endpoint is not None:
-        if endpoint not in by_endpoint:
-            known = ", ".join(sorted(by_endpoint)[:10]) or "none"
-            raise ConfigurationError(f"no run of {endpoint!r} lies under {root}", f"Known endpoints: {known}")
-        whole = by_endpoint[endpoint]
-    nights = run_length(len(by_endpoint))
-    chosen = {endpoint: by_endpoint[endpoint]} if endpoint is not None else by_endpoint
-    changes = {name: changes_of(own, nights) for name, own in chosen.items()}
-    if plot is not None:
-        if endpoint is None:
-            raise ConfigurationError(
-                "--plot needs an endpoint", "Name one: weighbridge history ENDPOINT --plot FILE.svg"
-            )
-        write_course(plot, whole, changes[endpoint], f"Nights of {endpoint}")
+    changes = {name: changes_of(own, run_length(len(names))) for name, own in by_endpoint.items()}
+    if plot is not None and endpoint is not None:
+        try:
+            write_course(plot, whole, changes[endpoint], f"Nights of {endpoint}")
+        except OSError as error:
+            raise ConfigurationError(f"{plot} cannot be written ({error.strerror})", "Choose another file") from None
         _say(f"drawn: {plot}")
     if as_csv:
-        click.echo(pd.DataFrame(table_of_nights(whole)).to_csv(index=False), nl=False)
+        _print_csv(whole)
         return 0
-    _show(whole, changes, as_json, len(by_endpoint))
+    _show(whole, changes, as_json, len(names), len(looked_at))
     return 0
 
 
-def _show(whole: list[Run], changes: dict[str, list[Change]], as_json: bool, endpoints: int) -> None:
+def _print_csv(whole: list[Run]) -> None:
+    click.echo(pd.DataFrame(table_of_nights(whole), columns=list(SHOWN)).to_csv(index=False), nl=False)
+
+
+def _show(whole: list[Run], changes: dict[str, list[Change]], as_json: bool, among: int, count: int = 0) -> None:
     found = [vars(change) for of_endpoint in changes.values() for change in of_endpoint]
     if as_json:
         document = {
             "schema": "weighbridge/history/1", "runs": table_of_nights(whole), "changes": found,
-            "average_run_length_nights": run_length(endpoints),
+            "average_run_length_nights": run_length(among),
         }  # fmt: skip
         print_json(rounded(document))
         return
     if whole:
-        table = Table(box=None, header_style="bold")
+        table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
         for heading in (
             "night",
             "endpoint",
@@ -103,15 +108,15 @@ def _show(whole: list[Run], changes: dict[str, list[Change]], as_json: bool, end
             "USD",
             "latency, s",
         ):
-            table.add_column(heading)
-        for run in whole[-NIGHTS_SHOWN:]:
+            table.add_column(heading, no_wrap=heading in ("night", "verdict"), overflow="fold")
+        for run in whole:
             table.add_row(
                 run["night"], escape(run["endpoint"]), run["verdict"].replace("_", " "), run["cause"] or "", _number(run["noise_nats"]),
                 str(run["requests_sent"]), str(run["errors"]), _number(run["cost_usd"]), _number(run["latency_s"]),
             )  # fmt: skip
         Console().print(table)
-        if len(whole) > NIGHTS_SHOWN:
-            _say(f"the last {NIGHTS_SHOWN} of {len(whole)} runs; all of them: --csv or --json")
+        if count > len(whole):
+            _say(f"the last {len(whole)} of {count} runs; all of them: --csv or --json")
     for change in found:
         Console().print(
             f"{change['endpoint']}: changed on {change['began']} against {'the reference' if change['against'] == 'reference' else 'its own past'}, "

@@ -60,7 +60,7 @@ def nightly_command(fleet_file: Path, out: Path | None, shard: str, dry_run: boo
             if dry_run:
                 return _show_due(fleet, tasks, as_json)
             night = _night(connection, fleet, root, tasks, now)
-            problem = tell(webhook, root / night.night, night) if webhook is not None else None
+            problem = tell(webhook, root, night) if webhook is not None else None
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it stopped")
         return 130
@@ -88,9 +88,10 @@ def merge_command(fleet_file: Path, shards: tuple[Path, ...], out: Path, as_json
             nights = merge_shards(list(shards), out, _say)
             refresh(connection, out, _say)
             judged = []
-            for name in nights:
-                tasks = collected(fleet, out, name)
-                problems = judge_runs(connection, out, tasks, judge_and_report, _say)
+            for name, said in nights.items():
+                tasks = collected(fleet, out, name, said)
+                problems = {task.endpoint.name: task.why or "" for task in tasks if task.state == "failed"}
+                problems |= judge_runs(connection, out, tasks, judge_and_report, _say)
                 judged.append(judge_together(connection, fleet, name, tasks, problems))
                 write_night(out / name, judged[-1])
     except OSError as error:
@@ -107,7 +108,8 @@ def _night(connection: sqlite3.Connection, fleet: Fleet, root: Path, tasks: list
     problems: dict[str, str] = {}
     if due:
         _say(f"night of {night}: {len(due)} endpoints are due")
-        commit(root, night, fleet.name, now, tasks)
+        problems = commit(root, night, fleet.name, now, tasks)
+        due = [task for task in due if task.endpoint.name not in problems]
         through = 0
 
         def told(task: Task, because: str) -> None:
@@ -115,7 +117,7 @@ def _night(connection: sqlite3.Connection, fleet: Fleet, root: Path, tasks: list
             through += 1
             _say(f"{through} of {len(due)} {task.endpoint.name}: {because}")
 
-        problems = collect_all(due, fleet.concurrency, fleet.jitter_s, told)
+        problems |= collect_all(due, fleet.concurrency, fleet.jitter_s, told)
     whole = [task for task in tasks if task.endpoint.name not in problems]
     problems |= judge_runs(connection, root, whole, judge_and_report, _say)
     judged = judge_together(connection, fleet, night, tasks, problems)

@@ -16,6 +16,9 @@ BASELINE_NIGHTS = 10  # of an endpoint's own past, which say what is usual
 NIGHTS_A_YEAR = 365
 LOG10 = float(np.log(10))
 
+# The columns of a run in which changes are looked for.
+LOOKED_AT = ("endpoint", "night", "cause", "log10_e_value", "noise_nats", "sealed", "pool", "probes")
+
 Against = Literal["reference", "own past"]
 
 
@@ -50,22 +53,26 @@ def changes_of(runs: list[Run], run_length_nights: float) -> list[Change]:
     run_length_nights : float
         A: no alarm is raised below it.
     """
-    if not runs:
-        return []
-    found: list[Change] = []
     change = against_reference(runs, run_length_nights)
-    rest = runs
-    while True:
-        change = change or against_own_past(rest, run_length_nights)
-        if change is None:
-            return found
-        # What differed on the first night of all has not changed.
-        if change.began != runs[0]["night"]:
-            found.append(change)
-        # What follows is held against itself, from the change on.
-        begin = next(i for i, run in enumerate(rest) if run["night"] == change.began)
-        rest = rest[begin:] if change.against == "reference" else rest[max(begin, 1) :]
-        change = None
+    if change is None:
+        return _own_changes(runs, run_length_nights)
+    begin = _begin(runs, change)
+    before, rest = (_own_changes(part, run_length_nights) for part in (runs[:begin], runs[begin:]))
+    # What differed on the first night of all has not changed.
+    return [*before, *([change] if begin else []), *rest]
+
+
+def _own_changes(runs: list[Run], run_length_nights: float) -> list[Change]:
+    """Every change against the own past; what follows one is held against itself, from the change on."""
+    found: list[Change] = []
+    while (change := against_own_past(runs, run_length_nights)) is not None:
+        found.append(change)
+        runs = runs[max(_begin(runs, change), 1) :]
+    return found
+
+
+def _begin(runs: list[Run], change: Change) -> int:
+    return next(i for i, run in enumerate(runs) if run["night"] == change.began)
 
 
 def against_reference(runs: list[Run], run_length_nights: float) -> Change | None:
@@ -110,7 +117,10 @@ def first_alarm(
     if not reached.size:
         return None
     alarm = int(reached[0])
-    return alarm, change_began(log_e, alarm), float(process[alarm]) / LOG10
+    # Nights that say nothing, as those of a baseline, are not the first ones of a change.
+    speaks = np.flatnonzero(log_e[: alarm + 1])
+    began = max(change_began(log_e, alarm), int(speaks[0]) if speaks.size else 0)
+    return alarm, began, float(process[alarm]) / LOG10
 
 
 def _first(

@@ -48,7 +48,7 @@ def judge_night(tonight: list[Run], earlier: list[Run], false_discovery_rate: fl
     named_before = {
         night: _named([run for run in earlier if run["night"] == night], false_discovery_rate) for night in nights
     }
-    together = sum(run["log10_e_value"] is not None for run in tonight)
+    together = len(tonight)
     out = []
     for run in tonight:
         name = run["endpoint"]

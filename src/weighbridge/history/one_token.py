@@ -5,6 +5,7 @@ Such monitors ask prompts whose first token is nearly a tie, some times a batch,
 """
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from weighbridge.stats.changes import shiryaev_roberts
 
 Floats = NDArray[np.float64]
 MOST_BYTES = 512 * 1024 * 1024
+_NUMBER = re.compile(r"[0-9]{1,30}([.][0-9]{1,30})?")
 
 
 def read_one_token_history(path: Path) -> list[Change]:
@@ -50,7 +52,8 @@ def changes_of_batches(name: str, batches: dict[str, dict[str, Counter[str]]]) -
     batches : dict
         By batch time, then by prompt: how often each token was answered.
     """
-    times = sorted(batches)
+    # A batch of which every answer failed says nothing, as a night without noise.
+    times = sorted((time for time, prompts in batches.items() if any(prompts.values())), key=_in_time)
     found: list[Change] = []
     start = 0
     while True:
@@ -73,10 +76,16 @@ def changes_of_batches(name: str, batches: dict[str, dict[str, Counter[str]]]) -
         start += max(began, 1)
 
 
+def _in_time(time: str) -> tuple[float, str]:
+    """Times are ordered as text, such as those of ISO 8601; numbers as numbers."""
+    return (float(time), "") if _NUMBER.fullmatch(time) else (float("inf"), time)
+
+
 def scores_of(batches: list[dict[str, Counter[str]]]) -> Floats:
     """How far each batch is from the first `weighbridge.history.changes.BASELINE_NIGHTS` ones together.
 
-    The total variation distance between the tokens of a batch and those of the baseline, averaged over the prompts that both have.
+    The total variation distance between the tokens of a batch and those of the baseline in units of √(1/n + 1/m), of which it is where
+    nothing changed: fewer answers are further off by chance. Averaged over the prompts that both have.
     """
     baseline: dict[str, Counter[str]] = {}
     for batch in batches[:BASELINE_NIGHTS]:
@@ -92,7 +101,7 @@ def _distance(batch: dict[str, Counter[str]], baseline: dict[str, Counter[str]])
         if usual and tokens:
             names = tokens.keys() | usual.keys()
             n, m = tokens.total(), usual.total()
-            distances.append(sum(abs(tokens[t] / n - usual[t] / m) for t in names) / 2)
+            distances.append(sum(abs(tokens[t] / n - usual[t] / m) for t in names) / 2 / np.sqrt(1 / n + 1 / m))
     return float(np.mean(distances)) if distances else 0.0
 
 
@@ -107,6 +116,8 @@ def _batches(record: Any, path: Path) -> dict[str, dict[str, Counter[str]]]:
         if not isinstance(of_prompt, dict):
             raise wrong(f"prompt {prompt[:40]!r}", "has no table of batches")
         for time, answers in of_prompt.items():
+            if not time.isprintable():
+                raise wrong(f"prompt {prompt[:40]!r}, batch {time[:40]!r}", "is not called by a time")
             if not isinstance(answers, list) or not all(
                 isinstance(a, list) and len(a) == 2 and (a[1] is None or isinstance(a[1], str)) for a in answers
             ):

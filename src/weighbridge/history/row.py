@@ -86,11 +86,16 @@ def make_row(folder: Path, *, sealed: bool = False) -> Row:
     plan = _read(Plan, folder / "plan.json")
     verdict = _read(Verdict, folder / "verdict.json")
     observations = _observations(folder / "observations.jsonl")
+    try:
+        created_at = datetime.fromisoformat(plan.created_at)
+        night = night_of(created_at)
+    except (ValueError, OverflowError):
+        raise RunFolderError(f"{folder / 'plan.json'}: created_at is no time", "Restore the file") from None
     noise = verdict.effective_noise_nats
     answered = {o.request_id for o in observations if o.answered}
     return Row(
         run_id=plan.run_id, endpoint=plan.endpoint.name, model=plan.endpoint.model,
-        night=night_of(datetime.fromisoformat(plan.created_at)), created_at=datetime.fromisoformat(plan.created_at),
+        night=night, created_at=created_at,
         weighbridge_version=verdict.weighbridge_version, policy=plan.policy.id,
         reference=plan.reference.digest if plan.reference is not None else None, pool=plan.pool.sha256 if plan.pool is not None else None,
         commitment=plan.draw.commitment, sealed=sealed, probes=[r.probe.id for r in plan.probe_requests if r.request_id in answered],

@@ -15,7 +15,7 @@ from weighbridge.audit import Auditor, bundle_of
 from weighbridge.canonical import canonical_bytes, write_atomically
 from weighbridge.errors import RunFolderError, WeighbridgeError
 from weighbridge.keys import key_for
-from weighbridge.nightly.schedule import Task
+from weighbridge.nightly.schedule import Task, said_of
 from weighbridge.records import Record, read_json
 from weighbridge.reference.bundle import Bundle
 from weighbridge.store import RunFolder
@@ -71,8 +71,11 @@ class Locked(contextlib.AbstractContextManager["Locked"]):
         self._lock.release()
 
 
-def commit(root: Path, night: str, fleet: str, now: datetime, tasks: list[Task]) -> None:
-    """Write every draw's commitment down, those of an earlier run of the same night included, and make the run folders."""
+def commit(root: Path, night: str, fleet: str, now: datetime, tasks: list[Task]) -> dict[str, str]:
+    """Write every draw's commitment down, those of an earlier run of the same night included, and make the run folders.
+
+    Returns, by endpoint, what kept a folder from being made.
+    """
     path = root / night / NIGHT
     before = read_json(Night, path) if path.exists() else None
     known = {one.endpoint: one for one in (before.committed if before is not None else [])}
@@ -86,9 +89,14 @@ def commit(root: Path, night: str, fleet: str, now: datetime, tasks: list[Task])
         committed=sorted(known.values(), key=lambda one: one.endpoint),
     )  # fmt: skip
     write_atomically(path, canonical_bytes(document.model_dump(mode="json", by_alias=True)) + b"\n")
+    problems: dict[str, str] = {}
     for task in tasks:
         if task.state == "begin" and task.plan is not None:
-            RunFolder.create(task.folder, task.plan)
+            try:
+                RunFolder.create(task.folder, task.plan)
+            except (WeighbridgeError, OSError) as error:
+                problems[task.endpoint.name] = said_of(error, task.folder)
+    return problems
 
 
 def collect_all(
@@ -123,10 +131,8 @@ async def _collect_all(
         async with places:
             try:
                 because = await _auditor(task, bundles).run()
-            except WeighbridgeError as error:
-                because = problems[task.endpoint.name] = str(error)
-            except OSError as error:
-                because = problems[task.endpoint.name] = f"{task.folder}: {error.strerror or error}"
+            except Exception as error:  # noqa: BLE001 - whatever befalls one is no other's concern
+                because = problems[task.endpoint.name] = said_of(error, task.folder)
             tell(task, problems.get(task.endpoint.name, because.replace("_", " ")))
 
     async with asyncio.TaskGroup() as group:

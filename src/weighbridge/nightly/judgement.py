@@ -11,13 +11,12 @@ from pydantic import Field
 
 from weighbridge.audit import bundle_of
 from weighbridge.canonical import canonical_bytes, rounded, write_atomically
-from weighbridge.errors import WeighbridgeError
 from weighbridge.fleet import Fleet
 from weighbridge.history.changes import changes_of, run_length
 from weighbridge.history.fleetwide import judge_night
 from weighbridge.history.index import Run, enter, runs
 from weighbridge.history.row import ROW, make_row, write_row
-from weighbridge.nightly.schedule import State, Task
+from weighbridge.nightly.schedule import State, Task, said_of
 from weighbridge.plan import pool_of
 from weighbridge.records import Cause, Findings, Finite, Plan, Record, Verdict, VerdictWord
 from weighbridge.reference.bundle import Bundle
@@ -94,10 +93,10 @@ def judge_runs(
             write_row(task.folder, row)
             enter(connection, root, task.folder, row)
             connection.commit()
-        except WeighbridgeError as error:
-            problems[task.endpoint.name] = str(error)
-        except OSError as error:
-            problems[task.endpoint.name] = f"{task.folder}: {error.strerror or error}"
+        except sqlite3.Error:
+            raise  # the index is everybody's
+        except Exception as error:  # noqa: BLE001 - whatever befalls one is no other's concern
+            problems[task.endpoint.name] = said_of(error, task.folder)
         tell(f"judged {number} of {len(tasks)}: {task.endpoint.name}")
     return problems
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from weighbridge.canonical import canonical_bytes, file_sha256, write_atomically
 from weighbridge.errors import ConfigurationError, RunFolderError
 from weighbridge.nightly.collection import NIGHT, Night
-from weighbridge.nightly.schedule import DRAW_KEY
+from weighbridge.nightly.judgement import FLEET_NIGHT, FleetNight
+from weighbridge.nightly.schedule import DRAW_KEY, State
 from weighbridge.records import read_json
 
 # What is read of a run to know whether two are the same one.
 _EVIDENCE = ("plan.json", "exchanges.jsonl")
+Said = dict[str, tuple[State, str | None]]
 
 
-def merge_shards(shards: list[Path], out: Path, say: Callable[[str], None]) -> list[str]:
-    """Copy every run of every shard into one folder; returns the nights that were touched.
+def merge_shards(shards: list[Path], out: Path, say: Callable[[str], None]) -> dict[str, Said]:
+    """Copy every run of every shard into one folder; returns the nights that were touched, and what the shards said of each endpoint.
 
     Parameters
     ----------
@@ -37,20 +39,33 @@ def merge_shards(shards: list[Path], out: Path, say: Callable[[str], None]) -> l
         raise ConfigurationError(
             "these shards did not draw from one key", f"Copy {DRAW_KEY} to every machine before the first night"
         )
-    touched: set[str] = set()
+    touched: dict[str, Said] = {}
     for shard in shards:
-        nights = sorted(path.parent for path in shard.glob(f"*/{NIGHT}"))
+        # Nothing is committed on a night on which nothing was due.
+        nights = sorted({path.parent for name in (NIGHT, FLEET_NIGHT) for path in shard.glob(f"*/{name}")})
         if not nights:
             raise ConfigurationError(f"{shard} holds no nights", "Name folders that `weighbridge nightly` has made")
         for night in nights:
-            touched.add(night.name)
+            if night.name not in touched:
+                touched[night.name] = _said(out / night.name)
+            touched[night.name] |= _said(night)
             for run in sorted(path.parent for path in night.glob("*/plan.json")):
                 _copy(run, out / night.name / run.name, say)
-            _join(night / NIGHT, out / night.name / NIGHT)
+            if (night / NIGHT).exists():
+                _join(night / NIGHT, out / night.name / NIGHT)
     if keys:
         write_atomically(out / DRAW_KEY, keys.pop())
         (out / DRAW_KEY).chmod(0o600)
-    return sorted(touched)
+    return dict(sorted(touched.items()))
+
+
+def _said(night: Path) -> Said:
+    said: Said = {}
+    if (night / NIGHT).exists():
+        said |= {one.endpoint: ("done", None) for one in read_json(Night, night / NIGHT).committed}
+    if (night / FLEET_NIGHT).exists():
+        said |= {row.endpoint: (row.state, row.why) for row in read_json(FleetNight, night / FLEET_NIGHT).endpoints}
+    return said
 
 
 def _copy(run: Path, place: Path, say: Callable[[str], None]) -> None:

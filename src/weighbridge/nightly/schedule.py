@@ -3,8 +3,9 @@
 import hashlib
 import hmac
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from weighbridge.fleet import Fleet, FleetEndpoint, night_of
 from weighbridge.history.index import Run
 from weighbridge.judge.policy import load_policy
 from weighbridge.plan import make_plan, worst_case_usd
-from weighbridge.records import Plan
+from weighbridge.records import Endpoint, Plan
 from weighbridge.reference.bundle import Bundle, load_bundle
 from weighbridge.store import RunFolder
 
@@ -64,8 +65,8 @@ class Shard:
 def schedule(fleet: Fleet, root: Path, runs: list[Run], now: datetime, shard: Shard) -> list[Task]:
     """What is to be done for every endpoint of a shard tonight.
 
-    Every endpoint of the fleet takes its worst case off the budgets, those of other shards included, so that all shards come to the
-    same. Those that were not audited for the longest time come first.
+    Every endpoint takes its worst case off the budgets; those that were not audited for the longest time come first. A shard knows
+    nothing of what others spend, so it has its share of the fleet's budgets: that of its endpoints.
 
     Parameters
     ----------
@@ -76,37 +77,66 @@ def schedule(fleet: Fleet, root: Path, runs: list[Run], now: datetime, shard: Sh
         Its history so far, oldest first.
     now : datetime
     shard : Shard
+
+    Raises
+    ------
+    ConfigurationError
+        If a later night is recorded already: by one of the two clocks nothing can be said of what is due.
     """
     night = night_of(now)
     folder = root / night.isoformat()
     ahead = max((run["night"] for run in runs), default="")
     if ahead > night.isoformat():
-        why = f"the clock says {night}, but the night of {ahead} is recorded already; set the clock right"
-        return [Task(e, folder / e.slug, "waits", why) for e in fleet.endpoint if shard.holds(e)]
+        raise ConfigurationError(
+            f"the clock says that this is the night of {night}, but that of {ahead} is recorded already in {root}",
+            f"Set the clock right; if it was wrong then, move the folder {ahead} elsewhere",
+        )
     earlier = [run for run in runs if run["night"] < night.isoformat()]
     last = {run["endpoint"]: run["created_at"] for run in earlier}
+    own = [e for e in fleet.endpoint if shard.holds(e)]
+    begun = {e.slug for e in own if (folder / e.slug / "plan.json").exists()}
+    going_on = {f"{night}/{slug}" for slug in begun}
     key = _draw_key(root)
-    ledger = _Ledger.of(fleet, earlier, now)
+    budgets = _budgets(fleet, len(own) / len(fleet.endpoint))
+    ledger = _Ledger.of(budgets, [run for run in runs if run["folder"] not in going_on], now)
+    for plan, requests in _cut_off(root, now, {run["folder"] for run in runs} | going_on):
+        ledger.take(plan.endpoint, requests)
     bundles: dict[str, Bundle] = {}
     tasks = {}
-    for endpoint in sorted(fleet.endpoint, key=lambda e: (str(last.get(e.name, "")), e.slug)):
+    # What was begun may be gone on with, so it has its part of the budgets before anything else.
+    for endpoint in sorted(own, key=lambda e: (e.slug not in begun, str(last.get(e.name, "")), e.slug)):
         tasks[endpoint.slug] = _task(fleet, endpoint, folder / endpoint.slug, night, now, key, ledger, bundles)
-    return [tasks[e.slug] for e in fleet.endpoint if shard.holds(e)]
+    return [tasks[e.slug] for e in own]
 
 
-def collected(fleet: Fleet, root: Path, night: str) -> list[Task]:
-    """What was collected of every endpoint of a fleet on one night."""
+def collected(fleet: Fleet, root: Path, night: str, said: dict[str, tuple[State, str | None]]) -> list[Task]:
+    """What was collected of every endpoint of a fleet on one night; ``said`` holds, by endpoint, what its shard said of it."""
     tasks = []
     for endpoint in fleet.endpoint:
         folder = root / night / endpoint.slug
+        state, why = said.get(endpoint.name, ("done", None))
+        if state != "done":
+            tasks.append(Task(endpoint, folder, state, why))
+            continue
         if not (folder / "plan.json").exists():
             tasks.append(Task(endpoint, folder, "waits", "it was not audited this night"))
             continue
         try:
-            tasks.append(Task(endpoint, folder, "done", plan=RunFolder(folder).plan()))
-        except WeighbridgeError as error:
-            tasks.append(Task(endpoint, folder, "failed", str(error)))
+            tasks.append(Task(endpoint, folder, "done", why, RunFolder(folder).plan()))
+        except (WeighbridgeError, OSError) as error:
+            tasks.append(Task(endpoint, folder, "failed", said_of(error, folder)))
     return tasks
+
+
+def said_of(error: Exception, folder: Path) -> str:
+    """What befell one endpoint, in one line: a fault of ours as well, so that the others go on."""
+    if isinstance(error, WeighbridgeError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{folder}: {error.strerror or error}"
+    return (
+        f"{folder}: a fault of Weighbridge's own ({type(error).__name__}). Please report it; what was collected is kept"
+    )
 
 
 def _task(
@@ -115,24 +145,26 @@ def _task(
 ) -> Task:  # fmt: skip
     try:
         if (folder / "plan.json").exists():
-            return _begun(endpoint, folder, ledger)
-        plan = _planned(fleet, endpoint, night, now, key, bundles)
-    except WeighbridgeError as error:
-        return Task(endpoint, folder, "failed", str(error))
-    refusal = ledger.refuses(endpoint, plan)
-    if refusal is not None:
-        return Task(endpoint, folder, "waits", refusal)
-    ledger.reserve(endpoint, plan)
-    if not endpoint.is_open(now):
+            task = _begun(endpoint, folder, ledger)
+        else:
+            plan = _planned(fleet, endpoint, night, now, key, bundles)
+            refusal = ledger.refuses(endpoint, plan)
+            if refusal is not None:
+                return Task(endpoint, folder, "waits", refusal)
+            ledger.take(plan.endpoint, plan.endpoint.limits.max_requests)
+            task = Task(endpoint, folder, "begin", plan=plan)
+    except (WeighbridgeError, OSError) as error:
+        return Task(endpoint, folder, "failed", said_of(error, folder))
+    if task.state in ("begin", "resume") and not endpoint.is_open(now):
         hours = f"{endpoint.hours[0]:02d} to {endpoint.hours[1]:02d} UTC" if endpoint.hours is not None else ""
         return Task(endpoint, folder, "waits", f"it is asked from {hours}")
-    return Task(endpoint, folder, "begin", plan=plan)
+    return task
 
 
 def _begun(endpoint: FleetEndpoint, folder: Path, ledger: "_Ledger") -> Task:
     run = RunFolder(folder)
     plan = run.plan()
-    ledger.reserve(endpoint, plan)
+    ledger.take(plan.endpoint, plan.endpoint.limits.max_requests)
     if not run.is_own(plan):
         why = f"{folder} was not started by you, or its plan was changed; remove it to audit anew"
         return Task(endpoint, folder, "failed", why)
@@ -162,6 +194,36 @@ def _planned(
     return plan.model_copy(update={"endpoint": endpoint.as_endpoint(limit)})
 
 
+def _cut_off(root: Path, now: datetime, known: set[str]) -> Iterator[tuple[Plan, int]]:
+    """The month's runs that were cut off and never judged, and how many requests they sent: no history says what they cost."""
+    month = now.astimezone(UTC).strftime("%Y-%m")
+    since = now.astimezone(UTC).date().replace(day=1) - timedelta(days=1)
+    for night in sorted(file.parent for file in root.glob("*/night.json")):
+        if night.name < since.isoformat():
+            continue
+        for folder in sorted(night.iterdir()):
+            if f"{night.name}/{folder.name}" in known or not (folder / "plan.json").exists():
+                continue
+            try:
+                plan = RunFolder(folder).plan()
+                sent = len(RunFolder(folder).exchanges()[0])
+            except (WeighbridgeError, OSError):
+                continue
+            if sent and plan.created_at.startswith(month):
+                yield plan, sent
+
+
+def _budgets(fleet: Fleet, share: float) -> Fleet:
+    """A fleet whose own budgets are a share of what they are."""
+    usd, requests = fleet.max_cost_usd_per_month, fleet.max_requests_per_month
+    return fleet.model_copy(
+        update={
+            "max_cost_usd_per_month": None if usd is None else usd * share,
+            "max_requests_per_month": None if requests is None else int(requests * share),
+        }
+    )
+
+
 class _Ledger:
     """What is left of the month's budgets: of each endpoint's, and of the fleet's."""
 
@@ -170,10 +232,10 @@ class _Ledger:
         self._spent = spent
 
     @classmethod
-    def of(cls, fleet: Fleet, earlier: list[Run], now: datetime) -> "_Ledger":
+    def of(cls, fleet: Fleet, runs: list[Run], now: datetime) -> "_Ledger":
         month = now.astimezone(UTC).strftime("%Y-%m")
         spent: dict[str, tuple[float, int]] = {}
-        for run in earlier:
+        for run in runs:
             if run["created_at"].startswith(month):
                 usd, requests = spent.get(run["endpoint"], (0.0, 0))
                 spent[run["endpoint"]] = (usd + (run["spent_usd"] or 0.0), requests + run["requests_sent"])
@@ -205,11 +267,10 @@ class _Ledger:
                 return f"{whose} budget has {max(0, limit - sent)} of {limit} requests left this month; a night takes up to {worst_requests}"
         return None
 
-    def reserve(self, endpoint: FleetEndpoint, plan: Plan) -> None:
-        """Take a night's worst case off."""
-        usd, requests = self._spent.get(endpoint.name, (0.0, 0))
-        limits = plan.endpoint.limits
-        self._spent[endpoint.name] = (usd + (limits.max_cost_usd or 0.0), requests + limits.max_requests)
+    def take(self, planned: Endpoint, requests: int) -> None:
+        """Take a run's worst case in money off, and so many requests."""
+        usd, sent = self._spent.get(planned.name, (0.0, 0))
+        self._spent[planned.name] = (usd + (planned.limits.max_cost_usd or 0.0), sent + requests)
 
 
 def _draw_key(root: Path) -> bytes:

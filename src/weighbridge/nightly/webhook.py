@@ -20,7 +20,7 @@ _SIGNS = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 class Told(Record):
-    """What the webhook was told of a night."""
+    """What those behind the webhook believe of every endpoint whose verdict has changed."""
 
     schema_: Literal["weighbridge/told/1"] = Field(default="weighbridge/told/1", alias="schema")
     verdicts: dict[str, VerdictWord]
@@ -44,7 +44,8 @@ def address_of(name: str | None) -> str | None:
     try:
         parts = urlsplit(value)
         safe = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK_HOSTS)
-        usable = safe and bool(parts.hostname) and parts.username is None and value.isprintable()
+        host = (parts.hostname or "").encode("idna")
+        usable = safe and bool(host) and parts.port != 0 and parts.username is None and value.isprintable()
     except ValueError:
         usable = False
     if not usable:
@@ -65,23 +66,27 @@ def message(night: FleetNight, rows: list[FleetRow]) -> dict[str, str]:
     return {"text": "".join(_SIGNS.get(sign, sign) for sign in text)}
 
 
-def tell(url: str, folder: Path, night: FleetNight) -> str | None:
+def tell(url: str, root: Path, night: FleetNight) -> str | None:
     """Send what has changed and was not told yet; returns what went wrong, without the address, or None.
 
-    What was told is written down beside the night, so that it is told once, and again where it could not be.
+    What was told is written down, so that it is told once, and again, on a later night too, where it could not be.
     """
-    path = folder / TOLD
-    known = read_json(Told, path).verdicts if path.exists() else {}
+    path = root / TOLD
+    try:
+        known = read_json(Told, path).verdicts if path.exists() else {}
+    except ConfigurationError as error:
+        return f"nothing was told to the webhook: {error.what}"
+    believed = known | {row.endpoint: row.before for row in night.endpoints if row.before and row.endpoint not in known}
     changed = [
-        row for row in night.endpoints
-        if row.before is not None and row.verdict is not None and row.verdict != row.before and known.get(row.endpoint) != row.verdict
+        row.model_copy(update={"before": believed[row.endpoint]}) for row in night.endpoints
+        if row.verdict is not None and row.verdict != believed.get(row.endpoint, row.verdict)
     ]  # fmt: skip
     if not changed:
         return None
     problem = _send(url, message(night, changed))
-    if problem is None:
-        told = Told(verdicts=known | {row.endpoint: row.verdict for row in changed if row.verdict is not None})
-        write_atomically(path, canonical_bytes(told.model_dump(mode="json", by_alias=True)) + b"\n")
+    now = {row.endpoint: row.verdict if problem is None else row.before for row in changed}
+    told = Told(verdicts=known | {name: verdict for name, verdict in now.items() if verdict is not None})
+    write_atomically(path, canonical_bytes(told.model_dump(mode="json", by_alias=True)) + b"\n")
     return problem
 
 

@@ -1,5 +1,6 @@
 """A picture of an endpoint's nights: distance from the reference, verdict, and the night on which it changed."""
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,14 @@ from matplotlib.axes import Axes
 from weighbridge.canonical import write_atomically
 from weighbridge.history.changes import Change
 from weighbridge.history.index import Run
+from weighbridge.report.junit import clean
 from weighbridge.report.plots import INK, MARKED, SOFT, svg
 
+SHOWN = (
+    "night", "endpoint", "verdict", "cause", "exact_variant", "noise_nats", "noise_low_nats", "noise_high_nats", "log10_e_value",
+    "answers_used", "requests_sent", "errors", "prompt_tokens", "completion_tokens", "cost_usd", "latency_s", "first_token_s",
+    "tokens_per_s", "policy", "weighbridge_version", "folder",
+)  # fmt: skip
 _MARKS: dict[str, tuple[str, str, str]] = {
     "consistent": ("o", "white", "consistent"), "inconclusive": ("D", SOFT, "not verified"), "differs": ("s", INK, "differs"),
 }  # fmt: skip
@@ -54,7 +61,8 @@ def course_of_nights(runs: list[Run], changes: list[Change], title: str) -> str:
         axes.set_ylabel("distance from the reference, nats")
         axes.legend(frameon=False, loc="best", fontsize=8)
 
-    return svg(paint, height=3.2, title=title)
+    # An endpoint may be called anything, and the title stands in an attribute.
+    return svg(paint, height=3.2, title=escape(clean(title)))
 
 
 def write_course(path: Path, runs: list[Run], changes: list[Change], title: str) -> None:
@@ -65,10 +73,3 @@ def write_course(path: Path, runs: list[Run], changes: list[Change], title: str)
 def table_of_nights(runs: list[Run]) -> list[dict[str, Any]]:
     """The columns that are shown, in the order in which they are."""
     return [{name: run[name] for name in SHOWN} for run in runs]
-
-
-SHOWN = (
-    "night", "endpoint", "verdict", "cause", "exact_variant", "noise_nats", "noise_low_nats", "noise_high_nats", "log10_e_value",
-    "answers_used", "requests_sent", "errors", "prompt_tokens", "completion_tokens", "cost_usd", "latency_s", "first_token_s",
-    "tokens_per_s", "policy", "weighbridge_version", "folder",
-)  # fmt: skip

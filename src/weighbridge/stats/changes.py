@@ -5,6 +5,8 @@ first M ≥ A is therefore expected no sooner than after A nights: its average r
 NEJSDS 2, "E-detectors"). Everything is handled as natural logarithms.
 """
 
+from bisect import bisect_left, bisect_right, insort
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -62,9 +64,11 @@ def conformal_p_values(scores: Floats, ties: Floats) -> Floats:
     float array, shape (n,)
     """
     out = np.ones(scores.size)
-    for t, score in enumerate(scores):
-        seen = scores[: t + 1]
-        out[t] = ((seen > score).sum() + ties[t] * (seen == score).sum()) / (t + 1)
+    seen: list[float] = []
+    for t, score in enumerate(scores.tolist()):
+        insort(seen, score)
+        below, not_above = bisect_left(seen, score), bisect_right(seen, score)
+        out[t] = (t + 1 - not_above + ties[t] * (not_above - below)) / (t + 1)
     return out
 
 
