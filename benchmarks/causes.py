@@ -277,6 +277,9 @@ def measure(document: Document, seed: int, quick: bool) -> None:
     accused = sum(a.findings["sampling"].outcome == "inconsistent" for a in drawn_as_said)
     add("honest sampling called otherwise", accused, len(drawn_as_said), "0", accused == 0)
 
+    spoken_of = [a for a in whole["honest"] if any(f.outcome == "inconsistent" for f in a.findings.values())]
+    add("honest host with anything called inconsistent", len(spoken_of), len(whole["honest"]), "0", not spoken_of)
+
     # The length of a hidden prompt.
     exact = of = 0
     for condition in (c for c in plain if c.kind == "hidden" and c.engine == "llamacpp"):

@@ -549,6 +549,16 @@ def test_the_end_of_a_turn_may_be_counted_and_no_more(more: int, outcome: str) -
     assert check_counting(case_of(Host(counted_more=more))).outcome == outcome
 
 
+def test_a_character_of_several_tokens_may_be_listed_once() -> None:
+    """At temperature 2 some hosts write such characters, and list their parts together."""
+
+    def accented(o: Observation) -> Observation:
+        listed = o.positions and o.completion_tokens is not None and o.probe_id == "sampling-hot"
+        return o.model_copy(update={"text": "né", "completion_tokens": len(o.positions or []) + 3}) if listed else o
+
+    assert check_counting(case_of(Host(), accented)).outcome == "consistent"
+
+
 def test_reasoning_that_is_counted_is_not_missed_among_the_tokens() -> None:
 
     def spent(o: Observation) -> Observation:

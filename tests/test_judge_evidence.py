@@ -375,6 +375,15 @@ def test_altered_weights_are_named_under_another_rendering(stack_id: str, render
         assert_named(found, rendering)
 
 
+@pytest.mark.parametrize("rendering", ["generic-system", "no-default-system", "hidden-system"])
+@pytest.mark.parametrize("stack_id", ["int4-g64", "llamacpp-q4_0"])
+def test_another_text_of_the_same_length_is_not_taken_for_a_recorded_rendering(stack_id: str, rendering: str) -> None:
+    """Coarse weights point at their family under any prompt, so counts alone must not say which prompt it is."""
+    found = judged(drawn(stack_id, "n-1", 24, rendering=rendering, counted_as="dated-system"), whole_library())
+    assert found.case.served in (None, rendering)
+    assert found.findings["prompt"].outcome == "inconsistent"
+
+
 @pytest.mark.parametrize("rendering", RENDERINGS)
 def test_the_library_under_another_rendering_allows_an_honest_stack_no_less(rendering: str) -> None:
     official = whole_library()

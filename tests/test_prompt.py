@@ -1,6 +1,7 @@
 """What token counts and answers say of the prompt that was served: made-up counts and distances, and the embedded bundle's own rows."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,6 +224,17 @@ def test_by_chance_no_rendering_is_nearer() -> None:
         found = reading(scales=rng.normal(-2, 0.5, (17, 10)).tolist())
         wrong += any(found.is_nearer(h, 0) for h in range(1, 17))
     assert wrong <= 3
+
+
+def test_an_answer_without_a_token_in_common_is_far_from_a_rendering_that_was_recorded() -> None:
+    """Altered weights behind a template without its end: hardly a likely token is among the official prompt's."""
+    near = [-1.0, -1.2, -0.9, -1.1, -1.0]
+    found = reading(scales=[[np.nan] * 5, near])
+    assert (found.is_foreign(0), found.is_nearer(1, 0)) == (True, False), "where none was recorded nothing is said"
+    found = replace(found, prompts=[[f"0-{i}".encode() for i in range(5)], found.prompts[1]])
+    assert found.is_nearer(1, 0)
+    assert not found.is_foreign(1)
+    assert found.nearest() == 1
 
 
 # -- the embedded bundle's rows --------------------------------------------------------------------------------
