@@ -339,8 +339,12 @@ def test_shards_together_never_spend_more_than_the_fleet_may(root: Path) -> None
         own: list[Run] = []
         for night in range(4):
             moment = EVENING + night * DAY
-            begun = [name for name, task in due(fleet, root / str(n), own, moment, f"{n}/3").items() if task.state == "begin"]
-            own += [run for name in begun for run in past(name, moment, requests=MOST)]
+            begun = [
+                name
+                for name, task in due(fleet, root / str(n), *own, now=moment, shard=f"{n}/3").items()
+                if task.state == "begin"
+            ]
+            own += [past(name, moment) for name in begun]
         spent += own
     assert 3 * MOST <= sum(run["requests_sent"] for run in spent) <= 5 * MOST
 
