@@ -47,7 +47,7 @@ def collected(variant: str) -> list[Exchange]:
     folder = RunFolder(CACHE / "replayed" / variant)
     bundle = load_bundle("smollm2-135m-instruct")
     if not (folder.path / "plan.json").exists():
-        never = load_policy("strict").model_copy(update={"differs_e_value": 1e300, "consistent_e_value": 1e300})
+        never = load_policy("strict").model_copy(update={"min_answers": 10_000, "min_answers_consistent": 10_000})
         limits = Limits(max_requests=1000, timeout_s=600)
         endpoint = Endpoint(name=variant, base_url="http://127.0.0.1:1/v1", model=MODEL_NAME, limits=limits)
         RunFolder.create(folder.path, make_plan(endpoint, never, bundle, seed="replayed"))
