@@ -21,9 +21,14 @@ from weighbridge.reference.bundle import Bundle
 REFERENCE = "smollm2-135m-instruct"
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What serves a real model goes first: of two processes neither is left with it alone at the end."""
+    """Of two processes one has all tests that serve a real model, and begins with them: two models would fight for the processors.
+
+    All others go by their file, so that what a module makes once is made once.
+    """
+    for item in items:
+        group = "lab" if item.get_closest_marker("lab") is not None else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("lab") is None)
 
 

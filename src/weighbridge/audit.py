@@ -78,6 +78,8 @@ class Auditor:
         self._folder = folder
         self._dialect = DIALECTS[endpoint.dialect]
         self._library: Library | None = None
+        # Nothing is decided on the answers about sampling while they are collected.
+        self._not_weighed = {request.request_id for request in plan.sampling_requests}
         self._useful: set[str] | None = None  # probes that can still tell something, where that is not all
         exchanges, self._stopped = folder.exchanges()
         self._attempts: dict[str, list[Exchange]] = {}
@@ -94,7 +96,7 @@ class Auditor:
                 self._budget.reserve(*worst_case_tokens(request))
             # What was not answered, or was cut off by a crash, is asked again; what was answered never is.
             if attempts and self._dialect.observe(request.probe.id, attempts).answered:
-                self._note(request)
+                self._note(request, attempts)
 
     async def run(self) -> str:
         """Collect until decided; returns why it stopped."""
@@ -284,13 +286,16 @@ class Auditor:
             request.request_id, self._dialect.path(request), body, worst_case_tokens(request), earlier
         )
         if attempts:
-            self._attempts[request.request_id] = attempts
-            self._note(request)
+            self._note(request, attempts)
         return refusal, self._seen.get(request.request_id)
 
-    def _note(self, request: PlannedRequest) -> None:
-        observation = self._dialect.observe(request.probe.id, self._attempts[request.request_id])
+    def _note(self, request: PlannedRequest, attempts: list[Exchange]) -> None:
+        """Keep what was read from an answer. Its bytes lie in the run folder; a process that holds hundreds of audits does not hold them."""
+        observation = self._dialect.observe(request.probe.id, attempts)
+        if request.request_id in self._not_weighed:
+            observation = observation.model_copy(update={"top": None, "positions": None})
         self._seen[request.request_id] = observation
+        self._attempts[request.request_id] = [_without_body(attempt) for attempt in attempts]
         if observation.prompt_tokens is not None:
             self._budget.settle(
                 worst_case_tokens(request), observation.prompt_tokens, observation.completion_tokens or 1
@@ -321,6 +326,11 @@ class Auditor:
                 noise_nats=None if evidence is None else math.exp(evidence.features.log_scales.mean()),
             )
         )
+
+
+def _without_body(exchange: Exchange) -> Exchange:
+    slim = exchange.received.model_copy(update={"body_text": None, "body_base64": None})
+    return exchange.model_copy(update={"received": slim})
 
 
 def judge_run(folder: RunFolder, bundle: Bundle | None) -> tuple[Plan, Findings, Verdict]:
@@ -369,8 +379,16 @@ def _library(bundle: Bundle, plan: Plan, capability: Capability) -> Library:
     return build_library(bundle, plan.policy, top_k, plan.level, bfloat16_logprobs=capability.logprobs_in_bfloat16)
 
 
-def bundle_of(plan: Plan, given: str | None = None) -> Bundle | None:
+def bundle_of(plan: Plan, given: str | None = None, load: Callable[[str], Bundle] = load_bundle) -> Bundle | None:
     """Load the bundle that a plan names and check that it is the one.
+
+    Parameters
+    ----------
+    plan : Plan
+    given : str, optional
+        Where it is now.
+    load : callable
+        What loads it; for a fleet, whose endpoints share bundles, something that remembers.
 
     Raises
     ------
@@ -379,7 +397,7 @@ def bundle_of(plan: Plan, given: str | None = None) -> Bundle | None:
     """
     if plan.reference is None:
         return None
-    bundle = load_bundle(given or plan.reference_path or plan.reference.id)
+    bundle = load(given or plan.reference_path or plan.reference.id)
     if bundle.identity != plan.reference:
         raise BundleError(
             f"the bundle {bundle.manifest.id} at hand is not the one that this run was planned with ({plan.reference.digest[:12]}…)",

@@ -15,9 +15,8 @@ from weighbridge.audit import Auditor, bundle_of
 from weighbridge.canonical import canonical_bytes, write_atomically
 from weighbridge.errors import RunFolderError, WeighbridgeError
 from weighbridge.keys import key_for
-from weighbridge.nightly.schedule import Task, said_of
+from weighbridge.nightly.schedule import Task, bundle_at, said_of
 from weighbridge.records import Record, read_json
-from weighbridge.reference.bundle import Bundle
 from weighbridge.store import RunFolder
 
 NIGHT = "night.json"
@@ -122,7 +121,6 @@ async def _collect_all(
     tasks: list[Task], concurrency: int, jitter_s: float, tell: Callable[[Task, str], None]
 ) -> dict[str, str]:
     places = asyncio.Semaphore(concurrency)
-    bundles: dict[str, Bundle | None] = {}
     problems: dict[str, str] = {}
 
     async def one(task: Task) -> None:
@@ -130,7 +128,7 @@ async def _collect_all(
         await asyncio.sleep(jitter_s * int(task.plan.draw.commitment[:8], 16) / 2**32)
         async with places:
             try:
-                because = await _auditor(task, bundles).run()
+                because = await _auditor(task).run()
             except Exception as error:  # noqa: BLE001 - whatever befalls one is no other's concern
                 because = problems[task.endpoint.name] = said_of(error, task.folder)
             tell(task, problems.get(task.endpoint.name, because.replace("_", " ")))
@@ -141,11 +139,9 @@ async def _collect_all(
     return problems
 
 
-def _auditor(task: Task, bundles: dict[str, Bundle | None]) -> Auditor:
+def _auditor(task: Task) -> Auditor:
     plan = task.plan
     assert plan is not None
-    digest = plan.reference.digest if plan.reference is not None else ""
-    if digest not in bundles:
-        bundles[digest] = bundle_of(plan)
+    bundle = bundle_of(plan, load=bundle_at)
     key = key_for(plan.endpoint.api_key_env, plan.endpoint.origin)
-    return Auditor(RunFolder(task.folder), plan, plan.endpoint, bundles[digest], key, lambda _: None)
+    return Auditor(RunFolder(task.folder), plan, plan.endpoint, bundle, key, lambda _: None)

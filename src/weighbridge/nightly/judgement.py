@@ -16,7 +16,7 @@ from weighbridge.history.changes import changes_of, run_length
 from weighbridge.history.fleetwide import judge_night
 from weighbridge.history.index import Run, enter, runs
 from weighbridge.history.row import ROW, make_row, write_row
-from weighbridge.nightly.schedule import State, Task, said_of
+from weighbridge.nightly.schedule import State, Task, bundle_at, said_of
 from weighbridge.plan import pool_of
 from weighbridge.records import Cause, Findings, Finite, Plan, Record, Verdict, VerdictWord
 from weighbridge.reference.bundle import Bundle
@@ -77,16 +77,11 @@ def judge_runs(
 ) -> dict[str, str]:
     """Judge what was collected and not judged yet, and enter it; returns, by endpoint, what kept one from being judged."""
     problems: dict[str, str] = {}
-    bundles: dict[str, Bundle | None] = {}
     for number, task in enumerate(tasks, start=1):
         if task.plan is None or (task.state == "done" and (task.folder / ROW).exists()):
             continue
         try:
-            reference = task.plan.reference
-            digest = reference.digest if reference is not None else ""
-            if digest not in bundles:
-                bundles[digest] = bundle_of(task.plan)
-            bundle = bundles[digest]
+            bundle = bundle_of(task.plan, load=bundle_at)
             judge_and_report(RunFolder(task.folder), bundle)
             sealed = bundle is not None and pool_of(bundle, task.plan.level).description.visibility == "sealed"
             row = make_row(task.folder, sealed=sealed)

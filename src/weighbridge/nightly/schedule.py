@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -101,11 +102,10 @@ def schedule(fleet: Fleet, root: Path, runs: list[Run], now: datetime, shard: Sh
     ledger = _Ledger.of(budgets, [run for run in runs if run["folder"] not in going_on], now)
     for plan, requests in _cut_off(root, now, {run["folder"] for run in runs} | going_on):
         ledger.take(plan.endpoint, requests)
-    bundles: dict[str, Bundle] = {}
     tasks = {}
     # What was begun may be gone on with, so it has its part of the budgets before anything else.
     for endpoint in sorted(own, key=lambda e: (e.slug not in begun, str(last.get(e.name, "")), e.slug)):
-        tasks[endpoint.slug] = _task(fleet, endpoint, folder / endpoint.slug, night, now, key, ledger, bundles)
+        tasks[endpoint.slug] = _task(fleet, endpoint, folder / endpoint.slug, night, now, key, ledger)
     return [tasks[e.slug] for e in own]
 
 
@@ -141,13 +141,12 @@ def said_of(error: Exception, folder: Path) -> str:
 
 def _task(
     fleet: Fleet, endpoint: FleetEndpoint, folder: Path, night: date, now: datetime, key: bytes, ledger: "_Ledger",
-    bundles: dict[str, Bundle],
 ) -> Task:  # fmt: skip
     try:
         if (folder / "plan.json").exists():
             task = _begun(endpoint, folder, ledger)
         else:
-            plan = _planned(fleet, endpoint, night, now, key, bundles)
+            plan = _planned(fleet, endpoint, night, now, key)
             refusal = ledger.refuses(endpoint, plan)
             if refusal is not None:
                 return Task(endpoint, folder, "waits", refusal)
@@ -173,15 +172,17 @@ def _begun(endpoint: FleetEndpoint, folder: Path, ledger: "_Ledger") -> Task:
     return Task(endpoint, folder, "done" if through else "resume", plan=plan)
 
 
-def _planned(
-    fleet: Fleet, endpoint: FleetEndpoint, night: date, now: datetime, key: bytes, bundles: dict[str, Bundle]
-) -> Plan:
+@lru_cache(maxsize=8)
+def bundle_at(reference: str) -> Bundle:
+    """A bundle by its folder or name, loaded once for all endpoints of a fleet."""
+    return load_bundle(reference)
+
+
+def _planned(fleet: Fleet, endpoint: FleetEndpoint, night: date, now: datetime, key: bytes) -> Plan:
     """The plan of a night, whose limit is its own worst case: what it reserves is what it can spend at most."""
     bundle = None
     if endpoint.reference is not None:
-        bundle = bundles.get(endpoint.reference) or bundles.setdefault(
-            endpoint.reference, load_bundle(endpoint.reference)
-        )
+        bundle = bundle_at(endpoint.reference)
     seed = hmac.new(key, f"{night} {endpoint.slug}".encode(), hashlib.sha256).hexdigest()[:32]
     plan = make_plan(
         endpoint.as_endpoint(endpoint.limits.max_cost_usd), load_policy(endpoint.policy), bundle, level=endpoint.level,
