@@ -3,6 +3,7 @@
 import json
 import secrets
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 from weighbridge import __version__
@@ -50,8 +51,9 @@ def worst_case_usd(plan: Plan) -> float | None:
     return sum(costs[: plan.endpoint.limits.max_requests])
 
 
+@lru_cache(maxsize=4)
 def pool_of(bundle: Bundle, level: Level = "L3") -> Pool:
-    """The pool that a bundle was recorded on for a level of evidence.
+    """The pool that a bundle was recorded on for a level of evidence; the same probes in all plans of a fleet.
 
     Raises
     ------
