@@ -21,17 +21,6 @@ from weighbridge.reference.bundle import Bundle
 REFERENCE = "smollm2-135m-instruct"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes one has all tests that serve a real model, and begins with them: two models would fight for the processors.
-
-    All others go by their file, so that what a module makes once is made once.
-    """
-    for item in items:
-        group = "lab" if item.get_closest_marker("lab") is not None else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("lab") is None)
-
-
 @dataclass(frozen=True)
 class Ended:
     """How a command ended."""

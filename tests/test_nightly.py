@@ -29,8 +29,8 @@ from weighbridge.nightly.collection import commit
 from weighbridge.nightly.judgement import FleetNight, FleetRow, write_night
 from weighbridge.nightly.schedule import DRAW_KEY, Shard, Task, schedule
 from weighbridge.nightly.webhook import address_of, message, tell
-from weighbridge.records import VerdictWord
-from weighbridge.store import ExchangeLog, RunFolder
+from weighbridge.records import Received, Sent, VerdictWord
+from weighbridge.store import ExchangeLog, RunFolder, Stopped
 
 CONSISTENT, DIFFERS, CONFIGURATION, INCONCLUSIVE = range(4)
 EVENING = datetime(2026, 11, 22, 22, tzinfo=UTC)
@@ -328,6 +328,27 @@ def test_what_was_begun_has_its_part_of_the_budget_before_anything_else(root: Pa
     commit(root, NIGHT, "fleet", EVENING, begin)
     tasks = due(fleet_of(table("a"), table("b"), max_requests_per_month=2 * MOST - 1), root)
     assert states(tasks) == {"a": "waits", "b": "resume"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "until"), [("3600", "23:00"), ("Sun, 22 Nov 2026 22:30:00 GMT", "22:30"), ("nonsense", None)]
+)
+def test_an_endpoint_that_asked_for_a_longer_wait_is_left_alone_until_then(
+    asked: str, until: str | None, root: Path, own_home: Path
+) -> None:
+    fleet = fleet_of(table("a"))
+    task = due(fleet, root)["a"]
+    commit(root, NIGHT, "fleet", EVENING, [task])
+    with RunFolder(task.folder).log() as log:
+        log.append(Sent(request_id="capability-top-20", attempt=1, sent_at=EVENING.isoformat()))
+        headers = {"retry-after": asked}
+        log.append(Received(request_id="capability-top-20", attempt=1, status=429, headers=headers, latency_s=0.0))
+        log.append(Stopped(because="rate_limited"))
+    soon = due(fleet, root, now=EVENING + timedelta(minutes=5))["a"]
+    assert (soon.state, soon.why) == (
+        ("waits", f"it asked not to be asked before {until} UTC") if until else ("resume", None)
+    )
+    assert due(fleet, root, now=EVENING + timedelta(minutes=61))["a"].state == "resume"
 
 
 def test_shards_together_never_spend_more_than_the_fleet_may(root: Path) -> None:

@@ -170,16 +170,22 @@ def is_transient(received: Received) -> bool:
     return received.failure in _TRANSIENT_FAILURE or (received.failure is None and received.status in _TRANSIENT_STATUS)
 
 
-def _wait_s(received: Received, tried: int) -> float:
-    """Retry-After where the endpoint gives one, else a doubling wait with jitter."""
+def asked_to_wait_s(received: Received, came_back: datetime) -> float | None:
+    """The wait that Retry-After asks for, in seconds from the moment at which the answer came back; None where there is none."""
     asked = received.headers.get("retry-after", "").strip()
     if asked.isdecimal() and asked.isascii():
         return float(asked)
-    if asked:
-        try:
-            return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
-        except (ValueError, TypeError, OverflowError):
-            pass
+    try:
+        return max(0.0, (parsedate_to_datetime(asked) - came_back).total_seconds()) if asked else None
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _wait_s(received: Received, tried: int) -> float:
+    """Retry-After where the endpoint gives one, else a doubling wait with jitter."""
+    asked_s = asked_to_wait_s(received, datetime.now(UTC))
+    if asked_s is not None:
+        return asked_s
     return FIRST_WAIT_S * 2.0 ** (tried - 1) * random.uniform(1, 1.5)  # noqa: S311 - jitter
 
 

@@ -78,7 +78,7 @@ def judge_runs(
     """Judge what was collected and not judged yet, and enter it; returns, by endpoint, what kept one from being judged."""
     problems: dict[str, str] = {}
     for number, task in enumerate(tasks, start=1):
-        if task.plan is None or (task.state == "done" and (task.folder / ROW).exists()):
+        if task.plan is None or (task.state in ("done", "waits") and (task.folder / ROW).exists()):
             continue
         try:
             bundle = bundle_of(task.plan, load=bundle_at)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from weighbridge.canonical import sha256_hex, write_atomically
+from weighbridge.collect import asked_to_wait_s
 from weighbridge.errors import ConfigurationError, WeighbridgeError
 from weighbridge.fleet import Fleet, FleetEndpoint, night_of
 from weighbridge.history.index import Run
@@ -144,7 +145,7 @@ def _task(
 ) -> Task:  # fmt: skip
     try:
         if (folder / "plan.json").exists():
-            task = _begun(endpoint, folder, ledger)
+            task = _begun(endpoint, folder, ledger, now)
         else:
             plan = _planned(fleet, endpoint, night, now, key)
             refusal = ledger.refuses(endpoint, plan)
@@ -160,14 +161,22 @@ def _task(
     return task
 
 
-def _begun(endpoint: FleetEndpoint, folder: Path, ledger: "_Ledger") -> Task:
+def _begun(endpoint: FleetEndpoint, folder: Path, ledger: "_Ledger", now: datetime) -> Task:
     run = RunFolder(folder)
     plan = run.plan()
     ledger.take(plan.endpoint, plan.endpoint.limits.max_requests)
     if not run.is_own(plan):
         why = f"{folder} was not started by you, or its plan was changed; remove it to audit anew"
         return Task(endpoint, folder, "failed", why)
-    stopped = run.exchanges()[1]
+    exchanges, stopped = run.exchanges()
+    if stopped is not None and stopped.because == "rate_limited" and exchanges:
+        last = exchanges[-1]
+        came_back = datetime.fromisoformat(last.sent.sent_at) + timedelta(seconds=last.received.latency_s)
+        # A day at most: nobody is waited for until next year.
+        wait_s = min(asked_to_wait_s(last.received, came_back) or 0.0, 86_400.0)
+        if now < came_back + timedelta(seconds=wait_s):
+            until = (came_back + timedelta(seconds=wait_s)).astimezone(UTC)
+            return Task(endpoint, folder, "waits", f"it asked not to be asked before {until:%H:%M} UTC", plan)
     through = stopped is not None and stopped.because not in TRIED_AGAIN
     return Task(endpoint, folder, "done" if through else "resume", plan=plan)
 
