@@ -227,6 +227,7 @@ def test_a_valid_answer_is_read() -> None:
         "status": 200,
         "attempts": 1,
         "latency_s": 0.25,
+        "first_byte_s": None,
         "model_named": "some-model",
         "provider_named": "some-host",
         "fingerprint": "fp_1",

@@ -138,7 +138,9 @@ def test_asymmetric_integers_span_the_groups_range_and_miss_by_half_a_step(name:
     for before, after in compared(rounding, values):
         step = half((max(before.max(), 0) - min(before.min(), 0)) / top) or 1.0
         codes = after / step
-        assert np.array_equal(codes, np.round(codes))
+        # Where the scale lies between two halves, arithmetic of another order may take the other one.
+        assert np.abs(codes - np.round(codes)).max() <= 2 * top * STORED
+        codes = np.round(codes)
         assert codes.max() - codes.min() <= top
         # At the ends a scale that was rounded down leaves up to its own rounding, once for each code.
         assert np.abs(after - before).max() <= step * (0.5 + top * STORED + 1e-5)
