@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import special
 
 from conditions import ALTERED, WITH_ALTERED, Condition, answers_of, conditions
-from figures import CACHE, Document, Figure, say
+from figures import CACHE, Document, Figure, say, share
 from weighbridge.audit import collect_run
 from weighbridge.capability import read_capability
 from weighbridge.judge.library import Library, build_library
@@ -216,13 +215,6 @@ def true_lengths(condition: Condition, plan: Plan) -> set[int]:
 
 
 # -- the figures -----------------------------------------------------------------------------------------------
-
-
-def share(found: int, of: int) -> tuple[float, tuple[float, float]]:
-    """A share with its Clopper-Pearson interval."""
-    low = 0.0 if found == 0 else float(special.betaincinv(found, of - found + 1, 0.025))
-    high = 1.0 if found == of else float(special.betaincinv(found + 1, of - found, 0.975))
-    return found / max(of, 1), (low, high)
 
 
 def measure(document: Document, seed: int, quick: bool) -> None:

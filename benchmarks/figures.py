@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scipy import special
+
 CACHE = Path(__file__).resolve().parent.parent / ".benchmarks-cache"
 
 
@@ -63,6 +65,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def share(found: int, of: int) -> tuple[float, tuple[float, float]]:
+    """A share with its 95 % Clopper-Pearson interval."""
+    low = 0.0 if found == 0 else float(special.betaincinv(found, of - found + 1, 0.025))
+    high = 1.0 if found == of else float(special.betaincinv(found + 1, of - found, 0.975))
+    return found / max(of, 1), (low, high)
 
 
 def say(line: str) -> None:

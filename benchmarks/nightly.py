@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 import years
-from figures import Document, Figure
+from figures import Document, Figure, share
+from power import clopper_pearson_zero
 from replayed import behaviour
 from weighbridge.canonical import sha256_hex
 from weighbridge.history.changes import LOOKED_AT, changes_of, run_length
@@ -317,10 +317,10 @@ def swaps(document: Document, bundle: Bundle, runs_of_each: int, seed: int) -> N
             dated += [years.swap(sources[0], sources[1], 200, 365, rng) for _ in range(runs_of_each // len(pairs))]
         within = WITHIN_NIGHTS.get(name, 0)
         right = sum(d.off_nights is not None and abs(d.off_nights) <= within for d in dated)
-        share, interval = _share(right, len(dated))
+        dated_right, interval = share(right, len(dated))
         night = "the night" if within == 0 else f"within {within} nights"
         document.figures[f"{name}: dated to {night}"] = Figure(
-            share, f"share of {len(dated)}", ">= 0.95", share >= 0.95, interval
+            dated_right, f"share of {len(dated)}", ">= 0.95", dated_right >= 0.95, interval
         )
         delays = [d.delay_nights for d in dated if d.delay_nights is not None]
         found_in = float(np.mean([d.delay_nights is not None and d.delay_nights <= 3 for d in dated]))
@@ -379,15 +379,9 @@ def honest_year(document: Document, bundle: Bundle, endpoints: int, nights: int,
     document.reported["honest year"] = {
         "stacks": sum(map(len, by_family.values())), "families": families, "audits drawn of each": audits,
         "largest log10 e-value of any": largest, "log10 needed on each of two nights": float(np.log10(needed)),
-        "bound on the share of families that would be named wrongly, 95 %": round(1 - 0.05 ** (1 / len(families)), 2) if replicated == 0 else None,
+        "bound on the share of families that would be named wrongly, 95 %": round(clopper_pearson_zero(len(families)), 2) if replicated == 0 else None,
         "without a null of their grid (not judged)": [s.id for s in stacks if known[s.id] is None],
     }  # fmt: skip
-
-
-def _share(found: int, of: int) -> tuple[float, tuple[float, float]]:
-    low = 0.0 if found == 0 else float(special.betaincinv(found, of - found + 1, 0.025))
-    high = 1.0 if found == of else float(special.betaincinv(found + 1, of - found, 0.975))
-    return found / of, (low, high)
 
 
 def main() -> int:

@@ -730,7 +730,7 @@ def test_a_test_case_for_every_endpoint(tmp_path: Path) -> None:
 # -- what goes wrong with the machine --------------------------------------------------------------------------
 
 
-def test_a_full_disk_under_one_endpoint_is_said_and_the_others_go_on(
+def test_no_space_left_under_one_endpoint_is_said_and_the_others_go_on(
     night: Callable[..., Ended], server: FaultServer, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_fleet(tmp_path, *(table(name, server.base_url) for name in "abc"))
@@ -753,7 +753,7 @@ def test_a_full_disk_under_one_endpoint_is_said_and_the_others_go_on(
 
 
 @pytest.mark.parametrize("since", ["the beginning", "the judgement"])
-def test_a_full_disk_is_one_line_and_nothing_is_lost(
+def test_no_space_left_is_one_line_and_nothing_is_lost(
     since: str, night: Callable[..., Ended], server: FaultServer, tmp_path: Path, root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -781,7 +781,7 @@ def full_after_plans(path: Path, data: bytes) -> None:
     write_atomically(path, data)
 
 
-def test_a_full_disk_under_all_logs_is_said_of_each(
+def test_no_space_left_under_all_logs_is_said_of_each(
     night: Callable[..., Ended], server: FaultServer, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_fleet(tmp_path, table("a", server.base_url), table("b", server.base_url))

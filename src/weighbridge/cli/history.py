@@ -62,9 +62,6 @@ def history_command(
         raise ConfigurationError(f"no run of {endpoint!r} lies under {root}", f"Known endpoints: {known}")
     if plot is not None and endpoint is None:
         raise ConfigurationError("--plot needs an endpoint", "Name one: weighbridge history ENDPOINT --plot FILE.svg")
-    if as_csv and plot is None:
-        _print_csv(whole)
-        return 0
     by_endpoint: dict[str, list[Run]] = {}
     for run in looked_at:
         by_endpoint.setdefault(run["endpoint"], []).append(run)

@@ -37,7 +37,8 @@ def shiryaev_roberts(log_e_values: Floats) -> Floats:
 def summed(log_e_values: Floats) -> Floats:
     """Log M, M_t = e_1 + … + e_t: n times their average, an e-detector that multiplies nothing.
 
-    For nights whose e-values may have been foreseen, as those of public probes may: the average of e-values is one, whatever they share.
+    For nights whose probes may have been foreseen, as public ones may: what was won on one night is not staked on the next. An e-detector
+    where each night's draw is made anew, so that its e-value is one whatever the nights before it brought.
     """
     return np.asarray(np.logaddexp.accumulate(log_e_values))
 
