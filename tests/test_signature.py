@@ -15,23 +15,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weighbridge.attest import PAYLOAD_TYPE, TrustedKey, new_key, pae, trusted_keys
 from weighbridge.canonical import canonical_bytes, sha256_hex
 from weighbridge.cli.reference_sign import keygen_command, sign_command, signature_line
 from weighbridge.errors import BundleError, ConfigurationError
 from weighbridge.paths import data_path
 from weighbridge.reference.bundle import load_bundle
-from weighbridge.reference.signature import (
-    FILE_NAME,
-    MAX_SIGNATURE_BYTES,
-    PAYLOAD_TYPE,
-    TrustedKey,
-    new_key,
-    pae,
-    read_envelope,
-    sign,
-    trusted_keys,
-    verify_signature,
-)
+from weighbridge.reference.signature import FILE_NAME, MAX_SIGNATURE_BYTES, read_envelope, sign, verify_signature
 
 MANIFEST: dict[str, Any] = {
     "id": "small", "version": 3, "model": "Small-1B", "keeper": "a keeper", "arrays_sha256": "ab" * 32,

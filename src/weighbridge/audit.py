@@ -2,9 +2,11 @@
 
 import asyncio
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from weighbridge.canonical import sha256_hex
 from weighbridge.capability import next_capability_request, read_capability, sampling_of
@@ -44,7 +46,13 @@ _REFUSALS = frozenset({"http_401", "http_402", "http_403", "http_404", "redirect
 # One probe may be forbidden or lost by itself; these concern all of them.
 _REFUSES_EVERYTHING = frozenset({"http_401", "http_402", "redirect", "unknown_host", "tls"})
 Seen = dict[str, Observation]
+Result = TypeVar("Result")
 FINAL_REASONS = frozenset({"decided", "probes_used_up", "level_not_supported"})
+
+
+# As many as there are processors, whatever the number of audits: more would only hold more arrays at once. The event loop's own threads
+# look up names, and a host without one may keep them for long.
+_DECIDING = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="deciding")
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,7 @@ class Auditor:
 
     async def _raw_probes(self, collector: Collector) -> str | None:
         """Ask the weights with the reference's own tokens, where the chat's prompt is not known; one refusal is an answer."""
-        case = await asyncio.to_thread(self._case, dict(self._seen))
+        case = await _in_thread(self._case, dict(self._seen))
         if case.served is not None or self._bundle is None:
             return None
         requests = [raw_twin(request) for request in self._plan.probe_requests]
@@ -224,7 +232,7 @@ class Auditor:
         # What was refused before goes last, so that one forbidden probe does not stop every `resume`.
         waiting.sort(key=lambda r: self._was_refused(r.request_id))
         running: set[asyncio.Task[tuple[str | None, Observation | None]]] = set()
-        because = await asyncio.to_thread(decided, dict(self._seen))
+        because = await _in_thread(decided, dict(self._seen))
         failures = 0
         try:
             while True:
@@ -245,7 +253,7 @@ class Auditor:
                             because = because or "refused"
                 if failures >= MOST_FAILURES_IN_A_ROW and because is None:
                     because = "unreachable"
-                because = because or await asyncio.to_thread(decided, dict(self._seen))
+                because = because or await _in_thread(decided, dict(self._seen))
         finally:
             for task in running:
                 task.cancel()
@@ -326,6 +334,10 @@ class Auditor:
                 noise_nats=None if evidence is None else math.exp(evidence.features.log_scales.mean()),
             )
         )
+
+
+async def _in_thread(compute: Callable[[Seen], Result], seen: Seen) -> Result:
+    return await asyncio.get_running_loop().run_in_executor(_DECIDING, compute, seen)
 
 
 def _without_body(exchange: Exchange) -> Exchange:

@@ -7,6 +7,8 @@ gave us, is an exception. Every one of them is a single line that names the thin
     ├── ConfigurationError      a file, option or environment variable that cannot be used
     │   └── KeyRefusedError     a key that is missing, badly named or bound to another origin
     ├── BundleError             a reference bundle that is unknown, incomplete or does not match its hashes
+    ├── SignatureError          a signed statement that is malformed, wrong or about something else
+    ├── EvidenceError           a published report, its evidence or the log, changed or incomplete
     ├── RunFolderError          a run folder that cannot be read, resumed or judged
     └── LabError                the local provider cannot be set up or started
 """
@@ -45,6 +47,14 @@ class BundleError(WeighbridgeError):
 
 class RunFolderError(WeighbridgeError):
     """A run folder cannot be read, resumed or judged."""
+
+
+class SignatureError(WeighbridgeError):
+    """A signed statement is malformed, wrong, or about something else."""
+
+
+class EvidenceError(WeighbridgeError):
+    """A published report, its evidence or the log was changed or is incomplete."""
 
 
 class LabError(WeighbridgeError):

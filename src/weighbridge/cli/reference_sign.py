@@ -5,18 +5,11 @@ from pathlib import Path
 
 import click
 
+from weighbridge.attest import SignatureState, new_key, trusted_keys
 from weighbridge.canonical import canonical_bytes, write_atomically
 from weighbridge.errors import ConfigurationError
 from weighbridge.reference.bundle import load_bundle
-from weighbridge.reference.signature import (
-    FILE_NAME,
-    SignatureState,
-    new_key,
-    read_envelope,
-    sign,
-    trusted_keys,
-    verify_signature,
-)
+from weighbridge.reference.signature import FILE_NAME, read_envelope, sign, verify_signature
 
 trusted_key_option = click.option(
     "--trusted-key", "trusted_key_files", metavar="FILE.pub", multiple=True, type=click.Path(path_type=Path),

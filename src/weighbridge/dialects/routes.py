@@ -8,6 +8,11 @@ from weighbridge.records import AnswerRecord, Endpoint, Exchange, ListedEndpoint
 
 LISTING = "route-listing"
 RECORDS = ("route-record-1", "route-record-2", "route-record-3")
+# What is read of a router's record; the rest of it is about the account of who asked.
+RECORD_FIELDS = (
+    "id", "provider_name", "model", "native_tokens_prompt", "native_tokens_completion", "native_finish_reason", "total_cost",
+    "provider_responses",
+)  # fmt: skip
 _MAX_LISTED = 200
 _MAX_PARAMETERS = 100
 _MAX_PRICES = 20

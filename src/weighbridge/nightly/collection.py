@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from weighbridge.store import RunFolder
 
 NIGHT = "night.json"
 LOCK = "nightly.lock"
+LOOKUPS_AT_ONCE = 64  # of names: a host that has none any more keeps its thread for long
 
 
 class Committed(Record):
@@ -120,6 +122,7 @@ def collect_all(
 async def _collect_all(
     tasks: list[Task], concurrency: int, jitter_s: float, tell: Callable[[Task, str], None]
 ) -> dict[str, str]:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(LOOKUPS_AT_ONCE))
     places = asyncio.Semaphore(concurrency)
     problems: dict[str, str] = {}
 

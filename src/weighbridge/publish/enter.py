@@ -1,0 +1,261 @@
+"""What is new since the site was last made: judged runs are sealed and entered in the log, each once."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from weighbridge.audit import bundle_of
+from weighbridge.canonical import canonical_bytes, sha256_hex, write_atomically
+from weighbridge.errors import ConfigurationError, WeighbridgeError
+from weighbridge.history.index import Run
+from weighbridge.history.row import ROW, Row, make_row, read_row
+from weighbridge.nightly.collection import NIGHT, Night
+from weighbridge.nightly.judgement import FLEET_NIGHT, FleetNight, FleetRow
+from weighbridge.nightly.schedule import bundle_at
+from weighbridge.publish.entries import (
+    CommitmentsEntry,
+    DisclosedEntry,
+    HeldEntry,
+    MethodEntry,
+    ReferenceEntry,
+    ReportEntry,
+)
+from weighbridge.publish.evidence import seal
+from weighbridge.publish.log import Appending
+from weighbridge.records import Plan, Policy, Verdict, read_json
+from weighbridge.reference.bundle import Bundle
+from weighbridge.store import RunFolder
+
+EVIDENCE = "evidence.zip"
+REPORT = "report.html"
+# What a run was judged to be, in the index and in a report's entry: another one means that it was judged again.
+_JUDGED = ("weighbridge_version", "exact_variant", "log10_e_value", "noise_nats", "answers_used")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which terms runs are made public.
+
+    ``notice_days`` is how long a host has before anything that differs is shown; ``disclosed`` names the pool whose probes may be shown.
+    """
+
+    now: datetime
+    notice_days: int
+    key_file: Path | None = None
+    disclose: str | None = None
+
+
+@dataclass
+class Entered:
+    """What an update has done, for the person who runs it."""
+
+    reports: list[ReportEntry] = field(default_factory=list)
+    held: list[tuple[str, date | None]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+
+def enter_runs(
+    runs: list[Run], root: Path, site: Path, log: Appending, terms: Terms, say: Callable[[str], None]
+) -> Entered:
+    """Seal every run that is not in the log as it now is, and enter it.
+
+    Parameters
+    ----------
+    runs : list of dict
+        The history's rows, oldest first, with the columns `NEEDED`.
+    root : pathlib.Path
+        Under which their folders lie.
+    site : pathlib.Path
+        Where evidence and pages go; evidence is there before its entry is.
+    log : Appending
+    terms : Terms
+    say : callable
+
+    Raises
+    ------
+    ConfigurationError
+        If two endpoints would share a page.
+    """
+    state = _State.of(log)
+    done = Entered()
+    _commitments(root, log, state, terms)
+    fresh = [run for run in runs if not state.knows(run)]
+    for number, run in enumerate(fresh, start=1):
+        folder = root / run["folder"]
+        try:
+            _enter(run, folder, site, log, state, terms, done)
+        except (WeighbridgeError, OSError) as error:
+            if isinstance(error, ConfigurationError):
+                raise
+            done.left_out.append((run["endpoint"], str(error)))
+        if number % 20 == 0 or number == len(fresh):
+            say(f"{number} of {len(fresh)} new runs sealed")
+    return done
+
+
+NEEDED = ("folder", "endpoint", "night", "run_id", "commitment", *_JUDGED)
+
+
+@dataclass
+class _State:
+    """What the log already holds."""
+
+    reports: dict[str, ReportEntry]
+    held: dict[str, date | None]
+    methods: set[bytes]
+    references: set[str]
+    commitments: set[str]
+    disclosed: set[str]
+    names: dict[str, str]
+    nights: dict[Path, dict[str, FleetRow]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, log: Appending) -> "_State":
+        state = cls({}, {}, set(), set(), set(), set(), {})
+        for entry in log.entries:
+            match entry:
+                case ReportEntry():
+                    state.reports[entry.run_id] = entry
+                    state.names[entry.slug] = entry.endpoint
+                case HeldEntry():
+                    state.held[entry.evidence_sha256] = entry.until
+                case MethodEntry():
+                    state.methods.add(_method(entry.weighbridge_version, entry.policy))
+                case ReferenceEntry():
+                    state.references.add(entry.digest)
+                case CommitmentsEntry():
+                    state.commitments.update(entry.commitments)
+                case DisclosedEntry():
+                    state.disclosed.add(entry.sha256)
+                case _:
+                    pass
+        return state
+
+    def knows(self, run: Run) -> bool:
+        entry = self.reports.get(run["run_id"])
+        return entry is not None and all(getattr(entry, name) == run[name] for name in _JUDGED)
+
+
+def _enter(
+    run: Run, folder: Path, site: Path, log: Appending, state: _State, terms: Terms, done: Entered
+) -> None:  # fmt: skip
+    plan = RunFolder(folder).plan()
+    verdict = read_json(Verdict, folder / "verdict.json")
+    row = read_row(folder / ROW) if (folder / ROW).exists() else make_row(folder)
+    slug = _slug(plan.endpoint.name, state)
+    bundle = bundle_of(plan, load=bundle_at)
+    data = seal(folder, bundle.manifest if bundle is not None else None, terms.key_file)
+    digest = sha256_hex(data)
+    before = state.reports.get(plan.run_id)
+    if before is not None and before.evidence_sha256 == digest:
+        return
+    together = _judged_together(folder, state).get(plan.endpoint.name)
+    word = verdict.verdict if together is None or together.verdict is None else together.verdict
+    until = _held_until(row, word, digest, plan, state, terms)
+    if until is not _SHOWN:
+        if digest not in state.held:
+            log.add(HeldEntry, terms.now, evidence_sha256=digest, until=until)
+            state.held[digest] = until
+        write_atomically(folder / EVIDENCE, data)
+        done.held.append((plan.endpoint.name, until))
+        return
+    _method_and_reference(plan, verdict, bundle, site, log, state, terms.now)
+    named = together if together is not None and together.verdict is not None else None
+    entry = log.add(
+        ReportEntry, terms.now,
+        endpoint=plan.endpoint.name, slug=slug, base_url=plan.endpoint.base_url, model=plan.endpoint.model,
+        claimed_precision=plan.endpoint.claimed_precision, night=row.night, created_at=row.created_at, run_id=plan.run_id,
+        weighbridge_version=verdict.weighbridge_version, policy=plan.policy.id, policy_version=plan.policy.version,
+        reference=row.reference, pool=row.pool, commitment=row.commitment,
+        verdict=word, cause=verdict.cause if named is None else named.cause, exact_variant=verdict.exact_variant if word.startswith("differs") else None,
+        alone=verdict.verdict, judged_together=None if named is None else named.judged_together,
+        sentence=verdict.sentence if named is None or word == "consistent" else f"{named.sentence} {verdict.sentence}" if word.startswith("differs") else named.sentence or "",
+        axes=verdict.axes, log10_e_value=row.log10_e_value, noise_nats=row.noise_nats, noise_low_nats=row.noise_low_nats,
+        noise_high_nats=row.noise_high_nats, answers_used=row.answers_used, requests_sent=row.requests_sent, errors=row.errors,
+        prompt_tokens=row.prompt_tokens, completion_tokens=row.completion_tokens, cost_usd=row.cost_usd, latency_s=row.latency_s,
+        first_token_s=row.first_token_s, tokens_per_s=row.tokens_per_s, stopped_because=row.stopped_because,
+        evidence_sha256=digest, supersedes=before.index if before is not None else None,
+    )  # fmt: skip
+    assert isinstance(entry, ReportEntry)
+    write_atomically(site / entry.folder / EVIDENCE, data)
+    write_atomically(site / entry.folder / REPORT, (folder / REPORT).read_bytes())
+    state.reports[plan.run_id] = entry
+    done.reports.append(entry)
+
+
+_SHOWN = date.min
+
+
+def _held_until(row: Row, word: str, digest: str, plan: Plan, state: _State, terms: Terms) -> date | None:
+    """Until when a report is not shown; `_SHOWN` where it may be."""
+    if row.sealed and plan.pool is not None and plan.pool.sha256 not in state.disclosed:
+        if terms.disclose != plan.pool.id:
+            return None
+    if not word.startswith("differs") or terms.notice_days == 0:
+        return _SHOWN
+    until = state.held.get(digest) or terms.now.date() + timedelta(days=terms.notice_days)
+    return _SHOWN if until <= terms.now.date() else until
+
+
+def disclose(log: Appending, pool_id: str, sha256: str, now: datetime) -> None:
+    """Say that a sealed pool is given up."""
+    known = {entry.sha256 for entry in log.entries if isinstance(entry, DisclosedEntry)}
+    if sha256 not in known:
+        log.add(DisclosedEntry, now, pool=pool_id, sha256=sha256)
+
+
+def _slug(name: str, state: _State) -> str:
+    from weighbridge.fleet import slug_of
+
+    slug = slug_of(name)
+    other = state.names.setdefault(slug, name)
+    if other != name:
+        raise ConfigurationError(
+            f"the endpoints {other!r} and {name!r} would share a page", "Publish them on two sites, or name them apart"
+        )
+    return slug
+
+
+def _judged_together(folder: Path, state: _State) -> dict[str, FleetRow]:
+    """What was said of each endpoint of a fleet on the night that a run belongs to."""
+    night = folder.parent
+    if night not in state.nights:
+        path = night / FLEET_NIGHT
+        rows = read_json(FleetNight, path).endpoints if path.exists() else []
+        state.nights[night] = {row.endpoint: row for row in rows}
+    return state.nights[night]
+
+
+def _method(version: str, policy: Policy) -> bytes:
+    return canonical_bytes([version, policy.model_dump(mode="json", by_alias=True)])
+
+
+def _method_and_reference(
+    plan: Plan, verdict: Verdict, bundle: Bundle | None, site: Path, log: Appending, state: _State, now: datetime
+) -> None:
+    method = _method(verdict.weighbridge_version, plan.policy)
+    if method not in state.methods:
+        log.add(MethodEntry, now, weighbridge_version=verdict.weighbridge_version, policy=plan.policy)
+        state.methods.add(method)
+    if bundle is not None and bundle.identity.digest not in state.references:
+        identity = bundle.identity
+        data = canonical_bytes(bundle.manifest.model_dump(mode="json", by_alias=True))
+        write_atomically(site / "references" / f"{identity.digest}.json", data)
+        log.add(ReferenceEntry, now, id=identity.id, digest=identity.digest, model=bundle.manifest.model)
+        state.references.add(identity.digest)
+
+
+def _commitments(root: Path, log: Appending, state: _State, terms: Terms) -> None:
+    for path in sorted(root.rglob(NIGHT)) if root.is_dir() else []:
+        night = read_json(Night, path)
+        commit_night(log, date.fromisoformat(night.night), [c.commitment for c in night.committed], terms.now)
+
+
+def commit_night(log: Appending, night: date, commitments: list[str], now: datetime) -> None:
+    """Enter the draws of a night that are not in the log yet, in an order that says nothing of whose they are."""
+    known = {c for entry in log.entries if isinstance(entry, CommitmentsEntry) for c in entry.commitments}
+    new = sorted(set(commitments) - known)
+    if new:
+        log.add(CommitmentsEntry, now, night=night, commitments=new)
