@@ -50,6 +50,13 @@ LIVE: dict[str, tuple[str, str | None]] = {
 }  # fmt: skip
 PRICE = "{ prompt_usd_per_million_tokens = 0.1, completion_usd_per_million_tokens = 0.4 }"
 MEGABYTE = 2**20
+# Runs a command and notes its peak memory. A process of its own: Linux counts the memory of who starts a process as that process's own.
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[2:]).returncode
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
 SWAPS = {
     "16-bit to 4-bit": (("llamacpp-f16", "llamacpp-q4_0"), ("transformers-bf16", "transformers-int4-g64")),
     "16-bit to another model": (("llamacpp-f16", "llamacpp-depth-24"), ("transformers-bf16", "transformers-depth-24")),
@@ -111,11 +118,12 @@ def _endpoint(name: str, url: str, timeout_s: int) -> list[str]:
 def nightly(fleet: Path, out: Path, home: Path) -> tuple[dict[str, Any], float, float]:
     """One night to its end: what it says, seconds, and peak megabytes."""
     started = time.monotonic()
-    process = subprocess.Popen([*CLI, "nightly", str(fleet), "--out", str(out), "--json"], stdout=subprocess.PIPE, stderr=sys.stderr, env=_own(home), text=True)  # fmt: skip
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, _, usage = os.wait4(process.pid, 0)
-    return json.loads(text), time.monotonic() - started, usage.ru_maxrss / 1024
+    with tempfile.NamedTemporaryFile("r") as peak:
+        command = [sys.executable, "-c", MEASURED, peak.name, *CLI, "nightly", str(fleet), "--out", str(out), "--json"]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=sys.stderr, env=_own(home), text=True, check=False
+        )
+        return json.loads(done.stdout), time.monotonic() - started, int(peak.read()) / 1024
 
 
 def _own(home: Path) -> dict[str, str]:

@@ -72,9 +72,10 @@ def faster(already_known: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(module, name, known)
 
     def page(**options: Any) -> jinja2.Environment:
-        if "page" not in already_known:
-            already_known["page"] = environment(**options)
-        return cast(jinja2.Environment, already_known["page"])
+        key = ("page", str(options["loader"].searchpath), str(options["autoescape"]))
+        if key not in already_known:
+            already_known[key] = environment(**options)
+        return cast(jinja2.Environment, already_known[key])
 
     once(weighbridge.audit, "build_library")
     once(weighbridge.plan, "pool_of")

@@ -95,6 +95,11 @@ class TrustedKey:
         return sha256_hex(self.raw)[:32]
 
     @property
+    def line(self) -> str:
+        """The key as a line of a file of public keys."""
+        return f"{KEY_WORD} {base64.b64encode(self.raw).decode()} {self.comment}\n"
+
+    @property
     def name(self) -> str:
         """The key for people."""
         return f"{self.comment or 'a key without a name'} ({self.keyid})"
@@ -142,7 +147,7 @@ def new_key(path: Path, comment: str | None = None) -> TrustedKey:
     private = Ed25519PrivateKey.generate()
     key = TrustedKey(private.public_key().public_bytes_raw(), comment)
     pem = private.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
-    _write_new(public_path, f"{KEY_WORD} {base64.b64encode(key.raw).decode()} {comment}\n".encode(), 0o644)
+    _write_new(public_path, key.line.encode(), 0o644)
     _write_new(path, pem, 0o600)
     return key
 

@@ -13,6 +13,11 @@ Hour = Annotated[int, Field(ge=0, le=23)]
 WEBHOOK_NAME = r"^[A-Z][A-Z0-9_]*_WEBHOOK_URL$"
 
 
+def slug_of(name: str) -> str:
+    """An endpoint's name as that of a folder or a page."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80] or "endpoint"
+
+
 class FleetEndpoint(Endpoint):
     """One endpoint of a fleet: as it is audited, when, and what a month of it may cost."""
 
@@ -26,7 +31,7 @@ class FleetEndpoint(Endpoint):
     @property
     def slug(self) -> str:
         """The name as a folder's name."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:80] or "endpoint"
+        return slug_of(self.name)
 
     def as_endpoint(self, max_cost_usd: float | None) -> Endpoint:
         """What an audit needs to know of it, with what it may cost tonight."""

@@ -16,6 +16,7 @@ from weighbridge.cli.nightly import merge_command, nightly_command
 from weighbridge.cli.plan import plan_command
 from weighbridge.cli.pool import pool_group
 from weighbridge.cli.power import power_command
+from weighbridge.cli.publish import dispute_command, publish_command, verify_command
 from weighbridge.cli.reference import reference_group
 from weighbridge.cli.replay import replay_command
 from weighbridge.cli.resume import resume_command
@@ -34,7 +35,7 @@ def cli() -> None:
 
 for _command in (
     demo_command, audit_command, plan_command, power_command, doctor_command, resume_command, replay_command, reference_group, pool_group,
-    lab_group, nightly_command, merge_command, history_command,
+    lab_group, nightly_command, merge_command, history_command, publish_command, dispute_command, verify_command,
 ):  # fmt: skip
     cli.add_command(_command)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from weighbridge.canonical import rounded
 from weighbridge.cli.common import json_option, judge_and_report, print_json, talk
+from weighbridge.cli.publish import enter_draws, key_option
 from weighbridge.errors import RunFolderError
 from weighbridge.fleet import Fleet, night_of
 from weighbridge.history.index import opened, refresh, runs
@@ -38,9 +39,17 @@ _SYMBOL = {"consistent": "✓", "inconclusive": "?", "differs": "✗", "differs_
     show_default=True,
     help="Only the I-th of N parts of the fleet; `merge` puts them together.",
 )
+@click.option(
+    "--site",
+    type=click.Path(path_type=Path),
+    help="Enter tonight's draws into the log of this site before the first request.",
+)
+@key_option
 @click.option("--dry-run", is_flag=True, help="Say what is due and what it may cost at most; send nothing.")
 @json_option
-def nightly_command(fleet_file: Path, out: Path | None, shard: str, dry_run: bool, as_json: bool) -> int:
+def nightly_command(
+    fleet_file: Path, out: Path | None, shard: str, site: Path | None, key_file: Path | None, dry_run: bool, as_json: bool
+) -> int:  # fmt: skip
     """Audit every endpoint of a fleet that is due, and judge them together.
 
     Run it as often as you like: what is done is done, what was interrupted goes on, and nothing is asked twice. A night is from noon
@@ -59,7 +68,7 @@ def nightly_command(fleet_file: Path, out: Path | None, shard: str, dry_run: boo
             tasks = schedule(fleet, root, runs(connection), now, part)
             if dry_run:
                 return _show_due(fleet, tasks, as_json)
-            night = _night(connection, fleet, root, tasks, now)
+            night = _night(connection, fleet, root, tasks, now, site, key_file)
             problem = tell(webhook, root, night) if webhook is not None else None
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it stopped")
@@ -102,13 +111,17 @@ def merge_command(fleet_file: Path, shards: tuple[Path, ...], out: Path, as_json
     return _exit_code(judged[-1])
 
 
-def _night(connection: sqlite3.Connection, fleet: Fleet, root: Path, tasks: list[Task], now: datetime) -> FleetNight:
+def _night(
+    connection: sqlite3.Connection, fleet: Fleet, root: Path, tasks: list[Task], now: datetime, site: Path | None, key_file: Path | None
+) -> FleetNight:  # fmt: skip
     night = night_of(now).isoformat()
     due = [task for task in tasks if task.state in ("begin", "resume")]
     problems: dict[str, str] = {}
     if due:
         _say(f"night of {night}: {len(due)} endpoints are due")
         problems = commit(root, night, fleet.name, now, tasks)
+        if site is not None:
+            enter_draws(site, root / night, key_file)
         due = [task for task in due if task.endpoint.name not in problems]
         through = 0
 

@@ -1,19 +1,20 @@
 """What is new since the site was last made: judged runs are sealed and entered in the log, each once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from weighbridge.audit import bundle_of
 from weighbridge.canonical import canonical_bytes, sha256_hex, write_atomically
 from weighbridge.errors import ConfigurationError, WeighbridgeError
+from weighbridge.fleet import slug_of
 from weighbridge.history.index import Run
-from weighbridge.history.row import ROW, Row, make_row, read_row
+from weighbridge.history.row import ROW, make_row, read_row
 from weighbridge.nightly.collection import NIGHT, Night
 from weighbridge.nightly.judgement import FLEET_NIGHT, FleetNight, FleetRow
 from weighbridge.nightly.schedule import bundle_at
+from weighbridge.plan import pool_of
 from weighbridge.publish.entries import (
     CommitmentsEntry,
     DisclosedEntry,
@@ -38,13 +39,12 @@ _JUDGED = ("weighbridge_version", "exact_variant", "log10_e_value", "noise_nats"
 class Terms:
     """On which terms runs are made public.
 
-    ``notice_days`` is how long a host has before anything that differs is shown; ``disclosed`` names the pool whose probes may be shown.
+    ``notice_days`` is how long a host has before anything that differs is shown.
     """
 
     now: datetime
     notice_days: int
     key_file: Path | None = None
-    disclose: str | None = None
 
 
 @dataclass
@@ -80,15 +80,15 @@ def enter_runs(
     """
     state = _State.of(log)
     done = Entered()
-    _commitments(root, log, state, terms)
+    _commitments(root, log, terms)
     fresh = [run for run in runs if not state.knows(run)]
+    for run in fresh:
+        _own_page(run["endpoint"], state)
     for number, run in enumerate(fresh, start=1):
         folder = root / run["folder"]
         try:
-            _enter(run, folder, site, log, state, terms, done)
+            _enter(folder, site, log, state, terms, done)
         except (WeighbridgeError, OSError) as error:
-            if isinstance(error, ConfigurationError):
-                raise
             done.left_out.append((run["endpoint"], str(error)))
         if number % 20 == 0 or number == len(fresh):
             say(f"{number} of {len(fresh)} new runs sealed")
@@ -106,14 +106,13 @@ class _State:
     held: dict[str, date | None]
     methods: set[bytes]
     references: set[str]
-    commitments: set[str]
     disclosed: set[str]
     names: dict[str, str]
     nights: dict[Path, dict[str, FleetRow]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, log: Appending) -> "_State":
-        state = cls({}, {}, set(), set(), set(), set(), {})
+        state = cls({}, {}, set(), set(), set(), {})
         for entry in log.entries:
             match entry:
                 case ReportEntry():
@@ -125,8 +124,6 @@ class _State:
                     state.methods.add(_method(entry.weighbridge_version, entry.policy))
                 case ReferenceEntry():
                     state.references.add(entry.digest)
-                case CommitmentsEntry():
-                    state.commitments.update(entry.commitments)
                 case DisclosedEntry():
                     state.disclosed.add(entry.sha256)
                 case _:
@@ -138,13 +135,10 @@ class _State:
         return entry is not None and all(getattr(entry, name) == run[name] for name in _JUDGED)
 
 
-def _enter(
-    run: Run, folder: Path, site: Path, log: Appending, state: _State, terms: Terms, done: Entered
-) -> None:  # fmt: skip
+def _enter(folder: Path, site: Path, log: Appending, state: _State, terms: Terms, done: Entered) -> None:
     plan = RunFolder(folder).plan()
     verdict = read_json(Verdict, folder / "verdict.json")
     row = read_row(folder / ROW) if (folder / ROW).exists() else make_row(folder)
-    slug = _slug(plan.endpoint.name, state)
     bundle = bundle_of(plan, load=bundle_at)
     data = seal(folder, bundle.manifest if bundle is not None else None, terms.key_file)
     digest = sha256_hex(data)
@@ -153,7 +147,7 @@ def _enter(
         return
     together = _judged_together(folder, state).get(plan.endpoint.name)
     word = verdict.verdict if together is None or together.verdict is None else together.verdict
-    until = _held_until(row, word, digest, plan, state, terms)
+    until = _held_until(_is_sealed(plan, bundle, state), word, digest, state, terms)
     if until is not _SHOWN:
         if digest not in state.held:
             log.add(HeldEntry, terms.now, evidence_sha256=digest, until=until)
@@ -165,7 +159,7 @@ def _enter(
     named = together if together is not None and together.verdict is not None else None
     entry = log.add(
         ReportEntry, terms.now,
-        endpoint=plan.endpoint.name, slug=slug, base_url=plan.endpoint.base_url, model=plan.endpoint.model,
+        endpoint=plan.endpoint.name, slug=slug_of(plan.endpoint.name), base_url=plan.endpoint.base_url, model=plan.endpoint.model,
         claimed_precision=plan.endpoint.claimed_precision, night=row.night, created_at=row.created_at, run_id=plan.run_id,
         weighbridge_version=verdict.weighbridge_version, policy=plan.policy.id, policy_version=plan.policy.version,
         reference=row.reference, pool=row.pool, commitment=row.commitment,
@@ -188,34 +182,30 @@ def _enter(
 _SHOWN = date.min
 
 
-def _held_until(row: Row, word: str, digest: str, plan: Plan, state: _State, terms: Terms) -> date | None:
+def _is_sealed(plan: Plan, bundle: Bundle | None, state: _State) -> bool:
+    """Whether a run shows probes that nobody but the auditor is to know."""
+    if bundle is None or plan.pool is None or plan.pool.sha256 in state.disclosed:
+        return False
+    return pool_of(bundle, plan.level).description.visibility == "sealed"
+
+
+def _held_until(sealed: bool, word: str, digest: str, state: _State, terms: Terms) -> date | None:
     """Until when a report is not shown; `_SHOWN` where it may be."""
-    if row.sealed and plan.pool is not None and plan.pool.sha256 not in state.disclosed:
-        if terms.disclose != plan.pool.id:
-            return None
+    if sealed:
+        return None
     if not word.startswith("differs") or terms.notice_days == 0:
         return _SHOWN
     until = state.held.get(digest) or terms.now.date() + timedelta(days=terms.notice_days)
     return _SHOWN if until <= terms.now.date() else until
 
 
-def disclose(log: Appending, pool_id: str, sha256: str, now: datetime) -> None:
-    """Say that a sealed pool is given up."""
-    known = {entry.sha256 for entry in log.entries if isinstance(entry, DisclosedEntry)}
-    if sha256 not in known:
-        log.add(DisclosedEntry, now, pool=pool_id, sha256=sha256)
-
-
-def _slug(name: str, state: _State) -> str:
-    from weighbridge.fleet import slug_of
-
-    slug = slug_of(name)
-    other = state.names.setdefault(slug, name)
+def _own_page(name: str, state: _State) -> None:
+    """See to it that no two endpoints share a page."""
+    other = state.names.setdefault(slug_of(name), name)
     if other != name:
         raise ConfigurationError(
             f"the endpoints {other!r} and {name!r} would share a page", "Publish them on two sites, or name them apart"
         )
-    return slug
 
 
 def _judged_together(folder: Path, state: _State) -> dict[str, FleetRow]:
@@ -247,15 +237,14 @@ def _method_and_reference(
         state.references.add(identity.digest)
 
 
-def _commitments(root: Path, log: Appending, state: _State, terms: Terms) -> None:
+def _commitments(root: Path, log: Appending, terms: Terms) -> None:
     for path in sorted(root.rglob(NIGHT)) if root.is_dir() else []:
-        night = read_json(Night, path)
-        commit_night(log, date.fromisoformat(night.night), [c.commitment for c in night.committed], terms.now)
+        commit_night(log, read_json(Night, path), terms.now)
 
 
-def commit_night(log: Appending, night: date, commitments: list[str], now: datetime) -> None:
+def commit_night(log: Appending, night: Night, now: datetime) -> None:
     """Enter the draws of a night that are not in the log yet, in an order that says nothing of whose they are."""
     known = {c for entry in log.entries if isinstance(entry, CommitmentsEntry) for c in entry.commitments}
-    new = sorted(set(commitments) - known)
+    new = sorted({one.commitment for one in night.committed} - known)
     if new:
-        log.add(CommitmentsEntry, now, night=night, commitments=new)
+        log.add(CommitmentsEntry, now, night=date.fromisoformat(night.night), commitments=new)

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weighbridge.attest import SignatureState, Statement, TrustedKey, sign_statement, statement_bytes, unsigned, verify_statement
+from weighbridge.attest import (
+    SignatureState,
+    Statement,
+    TrustedKey,
+    sign_statement,
+    statement_bytes,
+    unsigned,
+    verify_statement,
+)
 from weighbridge.canonical import canonical_bytes, sha256_hex
 from weighbridge.dialects.routes import LISTING, RECORD_FIELDS, RECORDS
 from weighbridge.errors import EvidenceError, RunFolderError, SignatureError
@@ -28,7 +36,7 @@ REPORT_TYPE = "urn:weighbridge:report:1"
 # What a run is judged from, what it was judged to be, and the page that shows it.
 JUDGED_FROM = ("plan.json", "exchanges.jsonl")
 JUDGED_TO = ("observations.jsonl", "findings.json", "verdict.json")
-SHOWN_AS = ("report.html", "report.json")
+SHOWN_AS = ("report.html",)
 CONTROLS = ("controls/honest", "controls/altered")
 NAMES = frozenset(
     [*JUDGED_FROM, *JUDGED_TO, *SHOWN_AS, MANIFEST, STATEMENT, *(f"{c}/{n}" for c in CONTROLS for n in (*JUDGED_FROM, *JUDGED_TO))]
