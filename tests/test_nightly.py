@@ -506,6 +506,17 @@ def test_an_interrupted_night_goes_on_and_asks_nothing_twice(
     assert said_of(root, "a")["state"] == "done"
 
 
+def test_a_record_of_the_night_that_cannot_be_read_is_made_again_from_its_runs(root: Path) -> None:
+    fleet = fleet_of(table("a"), table("b"))
+    commit(root, NIGHT, "fleet", EVENING, list(due(fleet, root).values()))
+    path = root / NIGHT / "night.json"
+    known = json.loads(path.read_bytes())["committed"]
+    path.write_bytes(b'{"committed": [')
+    assert commit(root, NIGHT, "fleet", EVENING, list(due(fleet, root).values())) == {}
+    assert json.loads(path.read_bytes())["committed"] == known
+    assert path.with_suffix(".broken").read_bytes() == b'{"committed": ['
+
+
 def test_a_line_that_was_torn_is_no_reason_to_fail(
     night: Callable[..., Ended], server: FaultServer, tmp_path: Path, root: Path
 ) -> None:

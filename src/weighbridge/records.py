@@ -625,8 +625,10 @@ def checked(kind: type[AnyRecord], value: object, where: str) -> AnyRecord:
         field = ".".join(str(part) for part in first["loc"]) or "the table"
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted((f.alias or n) for n, f in kind.model_fields.items()))
-            raise ConfigurationError(
-                f"{where}: unknown field {field}", f"Remove it; {kind.__name__.lower()} knows: {known}"
-            ) from None
+            # Of a table within it, it is not known here which fields that has.
+            what_is = (
+                f"; {kind.__name__.lower()} knows: {known}" if len(first["loc"]) == 1 else ", or correct its spelling"
+            )
+            raise ConfigurationError(f"{where}: unknown field {field}", f"Remove it{what_is}") from None
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigurationError(f"{where}: field {field}: {message}", "Correct it and run again") from None

@@ -144,7 +144,7 @@ def refresh(connection: sqlite3.Connection, root: Path, say: Callable[[str], Non
     entered = 0
     for folder in _runs(root, known, found):
         try:
-            enter(connection, root, folder, _row(folder))
+            enter(connection, root, folder, current_row(folder))
         except RunFolderError as error:
             say(f"left out: {error}")
             continue
@@ -161,7 +161,7 @@ def refresh(connection: sqlite3.Connection, root: Path, say: Callable[[str], Non
     return entered
 
 
-def _row(folder: Path) -> Row:
+def current_row(folder: Path) -> Row:
     """A run's row: its own one, made again where the run was judged again since."""
     path = folder / ROW
     if not path.exists():

@@ -14,7 +14,7 @@ from pydantic import Field
 from weighbridge import __version__
 from weighbridge.audit import Auditor, bundle_of
 from weighbridge.canonical import canonical_bytes, write_atomically
-from weighbridge.errors import RunFolderError, WeighbridgeError
+from weighbridge.errors import ConfigurationError, RunFolderError, WeighbridgeError
 from weighbridge.keys import key_for
 from weighbridge.nightly.schedule import Task, bundle_at, said_of
 from weighbridge.records import Record, read_json
@@ -75,10 +75,15 @@ class Locked(contextlib.AbstractContextManager["Locked"]):
 def commit(root: Path, night: str, fleet: str, now: datetime, tasks: list[Task]) -> dict[str, str]:
     """Write every draw's commitment down, those of an earlier run of the same night included, and make the run folders.
 
-    Returns, by endpoint, what kept a folder from being made.
+    A record that cannot be read is put aside and made again from the plans of the night's runs. Returns, by endpoint, what kept a folder
+    from being made.
     """
     path = root / night / NIGHT
-    before = read_json(Night, path) if path.exists() else None
+    try:
+        before = read_json(Night, path) if path.exists() else None
+    except ConfigurationError:
+        path.replace(path.with_suffix(".broken"))
+        before = None
     known = {one.endpoint: one for one in (before.committed if before is not None else [])}
     for task in tasks:
         if task.plan is not None:

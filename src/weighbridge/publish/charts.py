@@ -12,9 +12,9 @@ from markupsafe import Markup, escape
 
 from weighbridge.records import VerdictWord
 
-WIDTH, HEIGHT = 720, 340
-LEFT, RIGHT, TOP, BOTTOM = 54, 112, 26, 34
-LABEL_APART = 26  # least distance of two labels, in units of the picture
+WIDTH, HEIGHT = 720, 360
+LEFT, RIGHT, TOP, BOTTOM = 54, 112, 46, 34
+LABEL_APART = 22  # least distance of two labels, in units of the picture, on a narrow screen
 MANY_NIGHTS = 90  # from which on markers are small
 LONGEST_LABEL = 12
 STRIP_WIDTH, STRIP_HEIGHT = 160, 18
@@ -46,7 +46,7 @@ def number(value: float) -> str:
         return "0"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:.{min(decimals, 9)}f}"
-    return text.rstrip("0").rstrip(".") if decimals > 2 and "." in text and len(text) > 6 else text
+    return text.rstrip("0").rstrip(".") if decimals else text
 
 
 def distance_chart(
@@ -68,9 +68,9 @@ def distance_chart(
     drawn = [p for p in points if p.value]
     if not drawn:
         return None
-    shown = _apart(guides, limit)
-    levels = [x for p in drawn for x in (p.value, p.low, p.high) if x] + [g.nats for g in shown]
+    levels = [x for p in drawn for x in (p.value, p.low, p.high) if x] + [g.nats for g in guides]
     y = _log_scale([*levels, limit] if limit else levels, TOP, HEIGHT - BOTTOM)
+    shown = _apart(guides, limit, y)
     x = _time_scale(points[0].night, points[-1].night, LEFT + 6, WIDTH - RIGHT - 6)
     end = WIDTH - RIGHT
     parts: list[str] = []
@@ -83,13 +83,13 @@ def distance_chart(
     parts += [_text(LEFT - 6, y(t) + 4, number(t), "tick", "end") for t in ticks]
     parts.append(f'<path class="departure" d="{"".join(f"M{LEFT} {y(g.nats):.1f}H{end}" for g in shown)}"/>')
     parts += [_text(end + 6, y(g.nats) + 4, _cut(g.name), "guide") for g in shown]
-    parts += [f'<path class="change" d="M{x(night):.1f} {TOP - 6}V{HEIGHT - BOTTOM}"/>' for night in changes]
+    parts += [f'<path class="change" d="M{x(night):.1f} {TOP - 14}V{HEIGHT - BOTTOM}"/>' for night in changes]
     parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{end}"/>')
     parts += [
         _text(x(night), HEIGHT - BOTTOM + 22, label, "tick", anchor)
         for night, label, anchor in _dates(points[0].night, points[-1].night)
     ]
-    parts.append(_text(0, 14, "distance from the reference, nats (log scale)", "unit"))
+    parts.append(_text(0, 18, "distance from the reference, nats (log scale)", "unit"))
     whiskers = "".join(f"M{x(p.night):.1f} {y(p.low):.1f}V{y(p.high):.1f}" for p in drawn if p.low and p.high)
     parts.append(f'<path class="whisker" d="{whiskers}"/>')
     radius = 2.4 if len(drawn) > MANY_NIGHTS else 4.5
@@ -141,7 +141,9 @@ def line_chart(points: Sequence[tuple[date, float | None]], name: str, title: st
         _text(0, LINE_HEIGHT - 8, points[0][0].isoformat(), "tick"),
         _text(LINE_WIDTH, LINE_HEIGHT - 8, points[-1][0].isoformat(), "tick", "end"),
     ]
-    description = f"From {points[0][0]} to {points[-1][0]}, at most {number(highest)}. The table below holds every number."
+    description = (
+        f"From {points[0][0]} to {points[-1][0]}, at most {number(highest)}. The table below holds every number."
+    )
     return _svg(LINE_WIDTH, LINE_HEIGHT, name, title, description, parts)
 
 
@@ -243,13 +245,14 @@ def _month(first: date, later: int) -> date:
     return date(first.year + years, month + 1, 1)
 
 
-def _apart(guides: Sequence[Guide], limit: float | None) -> list[Guide]:
-    """Those guides whose labels do not touch: at least a factor of 1.45 from each other, which is a label's height on two decades."""
-    taken = [limit] if limit else []
+def _apart(guides: Sequence[Guide], limit: float | None, y: _LogScale) -> list[Guide]:
+    """Those guides whose labels touch neither each other nor that of the limit; the largest departures go first."""
+    taken = [y(limit)] if limit else []
     shown = []
-    for guide in sorted(guides, key=lambda g: g.nats):
-        if guide.nats > 0 and all(abs(math.log(guide.nats / other)) > math.log(1.45) for other in taken):
-            taken.append(guide.nats)
+    for guide in sorted(guides, key=lambda g: -g.nats):
+        place = y(guide.nats)
+        if all(abs(place - other) >= LABEL_APART for other in taken):
+            taken.append(place)
             shown.append(guide)
     return shown
 

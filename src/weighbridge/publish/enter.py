@@ -1,16 +1,19 @@
 """What is new since the site was last made: judged runs are sealed and entered in the log, each once."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 
 from weighbridge.audit import bundle_of
 from weighbridge.canonical import canonical_bytes, sha256_hex, write_atomically
-from weighbridge.errors import ConfigurationError, WeighbridgeError
+from weighbridge.errors import ConfigurationError, RunFolderError, WeighbridgeError
 from weighbridge.fleet import slug_of
-from weighbridge.history.index import Run
-from weighbridge.history.row import ROW, make_row, read_row
+from weighbridge.history.index import Run, current_row
+from weighbridge.history.row import Row
 from weighbridge.nightly.collection import NIGHT, Night
 from weighbridge.nightly.judgement import FLEET_NIGHT, FleetNight, FleetRow
 from weighbridge.nightly.schedule import bundle_at
@@ -31,8 +34,11 @@ from weighbridge.store import RunFolder
 
 EVIDENCE = "evidence.zip"
 REPORT = "report.html"
+AT_ONCE = 32  # runs whose evidence is in memory together
 # What a run was judged to be, in the index and in a report's entry: another one means that it was judged again.
-_JUDGED = ("weighbridge_version", "exact_variant", "log10_e_value", "noise_nats", "answers_used")
+_JUDGED = ("weighbridge_version", "log10_e_value", "noise_nats", "answers_used")
+# The columns of the history that are needed to know what is new.
+NEEDED = ("folder", "endpoint", "run_id", "verdict", *_JUDGED)
 
 
 @dataclass(frozen=True)
@@ -84,18 +90,48 @@ def enter_runs(
     fresh = [run for run in runs if not state.knows(run)]
     for run in fresh:
         _own_page(run["endpoint"], state)
-    for number, run in enumerate(fresh, start=1):
-        folder = root / run["folder"]
-        try:
-            _enter(folder, site, log, state, terms, done)
-        except (WeighbridgeError, OSError) as error:
-            done.left_out.append((run["endpoint"], str(error)))
-        if number % 20 == 0 or number == len(fresh):
-            say(f"{number} of {len(fresh)} new runs sealed")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(fresh), AT_ONCE):
+            some = fresh[start : start + AT_ONCE]
+            for run, sealed in zip(
+                some, pool.map(lambda r: _sealed(root / r["folder"], terms.key_file), some), strict=True
+            ):
+                try:
+                    if isinstance(sealed, Exception):
+                        raise sealed
+                    _enter(sealed, site, log, state, terms, done)
+                except (WeighbridgeError, OSError) as error:
+                    done.left_out.append((run["endpoint"], str(error)))
+            say(f"{start + len(some)} of {len(fresh)} new runs sealed")
     return done
 
 
-NEEDED = ("folder", "endpoint", "night", "run_id", "commitment", *_JUDGED)
+@dataclass(frozen=True)
+class _Sealed:
+    """One run and its evidence."""
+
+    folder: Path
+    plan: Plan
+    verdict: Verdict
+    row: Row
+    bundle: Bundle | None
+    data: bytes
+
+
+def _sealed(folder: Path, key_file: Path | None) -> _Sealed | Exception:
+    try:
+        plan = RunFolder(folder).plan()
+        verdict = read_json(Verdict, folder / "verdict.json")
+        bundle = bundle_of(plan, load=bundle_at)
+        data = seal(folder, _manifest(bundle) if bundle is not None else None, key_file)
+        return _Sealed(folder, plan, verdict, current_row(folder), bundle, data)
+    except (WeighbridgeError, OSError) as error:
+        return error
+
+
+@lru_cache(maxsize=8)
+def _manifest(bundle: Bundle) -> bytes:
+    return canonical_bytes(bundle.manifest.model_dump(mode="json", by_alias=True))
 
 
 @dataclass
@@ -132,22 +168,27 @@ class _State:
 
     def knows(self, run: Run) -> bool:
         entry = self.reports.get(run["run_id"])
-        return entry is not None and all(getattr(entry, name) == run[name] for name in _JUDGED)
+        return (
+            entry is not None
+            and entry.alone == run["verdict"]
+            and all(getattr(entry, name) == run[name] for name in _JUDGED)
+        )
 
 
-def _enter(folder: Path, site: Path, log: Appending, state: _State, terms: Terms, done: Entered) -> None:
-    plan = RunFolder(folder).plan()
-    verdict = read_json(Verdict, folder / "verdict.json")
-    row = read_row(folder / ROW) if (folder / ROW).exists() else make_row(folder)
-    bundle = bundle_of(plan, load=bundle_at)
-    data = seal(folder, bundle.manifest if bundle is not None else None, terms.key_file)
+def _enter(sealed: _Sealed, site: Path, log: Appending, state: _State, terms: Terms, done: Entered) -> None:
+    folder, plan, verdict, row, data = sealed.folder, sealed.plan, sealed.verdict, sealed.row, sealed.data
     digest = sha256_hex(data)
     before = state.reports.get(plan.run_id)
     if before is not None and before.evidence_sha256 == digest:
         return
-    together = _judged_together(folder, state).get(plan.endpoint.name)
-    word = verdict.verdict if together is None or together.verdict is None else together.verdict
-    until = _held_until(_is_sealed(plan, bundle, state), word, digest, state, terms)
+    together = _judged_together(folder, state)
+    named = together.get(plan.endpoint.name) if together is not None else None
+    if together is not None and (named is None or named.verdict is None):
+        raise RunFolderError(
+            f"the night of {folder} was not judged yet", "Let `weighbridge nightly` end, then publish again"
+        )
+    word = verdict.verdict if named is None or named.verdict is None else named.verdict
+    until = _held_until(_is_sealed(plan, sealed.bundle, state), word, digest, state, terms)
     if until is not _SHOWN:
         if digest not in state.held:
             log.add(HeldEntry, terms.now, evidence_sha256=digest, until=until)
@@ -155,8 +196,7 @@ def _enter(folder: Path, site: Path, log: Appending, state: _State, terms: Terms
         write_atomically(folder / EVIDENCE, data)
         done.held.append((plan.endpoint.name, until))
         return
-    _method_and_reference(plan, verdict, bundle, site, log, state, terms.now)
-    named = together if together is not None and together.verdict is not None else None
+    _method_and_reference(sealed, site, log, state, terms.now)
     entry = log.add(
         ReportEntry, terms.now,
         endpoint=plan.endpoint.name, slug=slug_of(plan.endpoint.name), base_url=plan.endpoint.base_url, model=plan.endpoint.model,
@@ -172,7 +212,6 @@ def _enter(folder: Path, site: Path, log: Appending, state: _State, terms: Terms
         first_token_s=row.first_token_s, tokens_per_s=row.tokens_per_s, stopped_because=row.stopped_because,
         evidence_sha256=digest, supersedes=before.index if before is not None else None,
     )  # fmt: skip
-    assert isinstance(entry, ReportEntry)
     write_atomically(site / entry.folder / EVIDENCE, data)
     write_atomically(site / entry.folder / REPORT, (folder / REPORT).read_bytes())
     state.reports[plan.run_id] = entry
@@ -208,9 +247,11 @@ def _own_page(name: str, state: _State) -> None:
         )
 
 
-def _judged_together(folder: Path, state: _State) -> dict[str, FleetRow]:
-    """What was said of each endpoint of a fleet on the night that a run belongs to."""
+def _judged_together(folder: Path, state: _State) -> dict[str, FleetRow] | None:
+    """What was said of each endpoint of a fleet on the night that a run belongs to; None of a run of no night."""
     night = folder.parent
+    if not (night / NIGHT).exists():
+        return None
     if night not in state.nights:
         path = night / FLEET_NIGHT
         rows = read_json(FleetNight, path).endpoints if path.exists() else []
@@ -222,17 +263,15 @@ def _method(version: str, policy: Policy) -> bytes:
     return canonical_bytes([version, policy.model_dump(mode="json", by_alias=True)])
 
 
-def _method_and_reference(
-    plan: Plan, verdict: Verdict, bundle: Bundle | None, site: Path, log: Appending, state: _State, now: datetime
-) -> None:
-    method = _method(verdict.weighbridge_version, plan.policy)
+def _method_and_reference(sealed: _Sealed, site: Path, log: Appending, state: _State, now: datetime) -> None:
+    version, policy, bundle = sealed.verdict.weighbridge_version, sealed.plan.policy, sealed.bundle
+    method = _method(version, policy)
     if method not in state.methods:
-        log.add(MethodEntry, now, weighbridge_version=verdict.weighbridge_version, policy=plan.policy)
+        log.add(MethodEntry, now, weighbridge_version=version, policy=policy)
         state.methods.add(method)
     if bundle is not None and bundle.identity.digest not in state.references:
         identity = bundle.identity
-        data = canonical_bytes(bundle.manifest.model_dump(mode="json", by_alias=True))
-        write_atomically(site / "references" / f"{identity.digest}.json", data)
+        write_atomically(site / "references" / f"{identity.digest}.json", _manifest(bundle))
         log.add(ReferenceEntry, now, id=identity.id, digest=identity.digest, model=bundle.manifest.model)
         state.references.add(identity.digest)
 

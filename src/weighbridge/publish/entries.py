@@ -25,13 +25,15 @@ def _https(value: str) -> str:
 Link = Annotated[str, Field(max_length=1000), AfterValidator(_https)]
 
 
-class _Entry(Record):
+class LogEntry(Record):
+    """What every line of a log has."""
+
     index: int = Field(ge=0)
     previous: Sha256 = Field(description="the SHA-256 of the line before, without its line feed")
     at: datetime = Field(description="when it was entered, by the auditor's clock")
 
 
-class MethodEntry(_Entry):
+class MethodEntry(LogEntry):
     """The version and thresholds by which reports are judged from here on."""
 
     kind: Literal["method"] = "method"
@@ -39,7 +41,7 @@ class MethodEntry(_Entry):
     policy: Policy
 
 
-class ReferenceEntry(_Entry):
+class ReferenceEntry(LogEntry):
     """A reference bundle, whose manifest is published beside the log."""
 
     kind: Literal["reference"] = "reference"
@@ -48,7 +50,7 @@ class ReferenceEntry(_Entry):
     model: str
 
 
-class CommitmentsEntry(_Entry):
+class CommitmentsEntry(LogEntry):
     """The draws of one night, without saying whose they are."""
 
     kind: Literal["commitments"] = "commitments"
@@ -56,7 +58,7 @@ class CommitmentsEntry(_Entry):
     commitments: list[Sha256] = Field(max_length=20_000)
 
 
-class HeldEntry(_Entry):
+class HeldEntry(LogEntry):
     """Evidence that exists and is not shown yet: while a host has its notice, or until a sealed pool is given up."""
 
     kind: Literal["held"] = "held"
@@ -64,7 +66,7 @@ class HeldEntry(_Entry):
     until: date | None = Field(description="None: until the pool is disclosed")
 
 
-class ReportEntry(_Entry):
+class ReportEntry(LogEntry):
     """One audit, as it was said in public. Numbers about speed are shown and never judged."""
 
     kind: Literal["report"] = "report"
@@ -112,7 +114,7 @@ class ReportEntry(_Entry):
         return f"reports/{self.slug}/{self.night}-{self.evidence_sha256[:12]}"
 
 
-class StatementEntry(_Entry):
+class StatementEntry(LogEntry):
     """What somebody has to say about a report: a host's reply, the course of a dispute, a correction of ours."""
 
     kind: Literal["statement"] = "statement"
@@ -124,7 +126,7 @@ class StatementEntry(_Entry):
     report: int | None = Field(default=None, description="the report of a re-run")
 
 
-class DisclosedEntry(_Entry):
+class DisclosedEntry(LogEntry):
     """A sealed pool that is given up: its probes may be shown, and no later draw from it counts as sealed."""
 
     kind: Literal["disclosed"] = "disclosed"

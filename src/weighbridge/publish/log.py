@@ -9,20 +9,21 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
 from weighbridge.attest import SignatureState, TrustedKey, sign_statement, statement_bytes, unsigned, verify_statement
 from weighbridge.canonical import canonical_bytes, rounded, sha256_hex, write_atomically
 from weighbridge.errors import EvidenceError, SignatureError
-from weighbridge.publish.entries import ENTRY, FIRST, Entry, ReportEntry, StatementEntry
+from weighbridge.publish.entries import ENTRY, FIRST, Entry, LogEntry, ReportEntry, StatementEntry
 
 LOG = "log.jsonl"
 HEAD = "log.head.json"
 HEAD_TYPE = "urn:weighbridge:log-head:1"
 MOST_BYTES = 2 * 2**30
 MOST_LINE_BYTES = 2 * 2**20
+Added = TypeVar("Added", bound=LogEntry)
 _RESTORE = "Restore the log from a copy; an append-only log is never edited"
 
 
@@ -106,14 +107,15 @@ class Appending:
         self._head = log.head
         self._size = log.size
 
-    def add(self, kind: type[Entry], at: datetime, **fields: Any) -> Entry:
+    def add(self, kind: type[Added], at: datetime, **fields: Any) -> Added:
         """Add one entry."""
         entry = kind(index=len(self.entries), previous=self._head, at=at, **fields)
-        line = canonical_bytes(rounded(entry.model_dump(mode="json")))
-        self.entries.append(ENTRY.validate_json(line))
+        line = canonical_bytes(rounded(entry.model_dump(mode="json", by_alias=True)))
+        entered = kind.model_validate_json(line)
+        self.entries.append(cast(Entry, entered))
         self._lines.append(line)
         self._head = sha256_hex(line)
-        return self.entries[-1]
+        return entered
 
     def write(self, path: Path) -> None:
         """Append what was added, synced; a line that a crash once cut short is taken off first."""

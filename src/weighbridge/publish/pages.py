@@ -29,8 +29,11 @@ WORDS: dict[VerdictWord, str] = {
     "differs_replicated": "Differs, replicated",
 }  # fmt: skip
 ORDER: tuple[VerdictWord, ...] = ("consistent", "inconclusive", "differs", "differs_replicated")
+STANDING_WORDS: dict[VerdictWord, str] = {
+    "consistent": "consistent", "inconclusive": "not verified", "differs": "differing", "differs_replicated": "differing (replicated)",
+}  # fmt: skip
 DISPUTE_WORDS = {
-    "open": "Dispute open", "answered": "With a reply", "re-run": "Disputed, audited again", "resolved": "Dispute resolved",
+    "open": "Dispute open", "answered": "Disputed, with a reply", "re-run": "Disputed, audited again", "resolved": "Dispute resolved",
 }  # fmt: skip
 STATEMENT_WORDS = {
     "dispute_opened": "Dispute opened", "reply": "Reply", "re_run": "Audited again", "resolved": "Dispute resolved", "correction": "Correction",
@@ -50,7 +53,8 @@ _MEANINGS = {
     "family_cosine": "a class of departures is named where the lower end of the cosine's interval is at least this",
 }
 _SOURCE = "stated by the policy; how it follows is in docs/STATISTICS.md of Weighbridge"
-_MARKDOWN = re.compile(r"[\\`*_{}\[\]#|~!$@^]|^[-+=:]|(?<=\d)[.)](?=\s|$)|\.(?=[^\W\d])|:(?=//)")
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]#|~!$@^]|^[-+=:]|\.(?=[^\W\d])|:(?=//)")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _PLAIN_CODE = re.compile(r"[A-Za-z0-9_.:/-]+")
 _MAIL = re.compile(r"[A-Za-z0-9._-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
@@ -91,7 +95,7 @@ def markdown_text(text: str) -> str:
         Line breaks and control characters become spaces, other non-printable ones U+FFFD.
     """
     line = " ".join(printable(text).split())
-    return _MARKDOWN.sub(r"\\\g<0>", line).translate(_ENTITIES)
+    return _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", line)).translate(_ENTITIES)
 
 
 def printable(text: str) -> str:
@@ -143,9 +147,9 @@ class _Book:
 
 def _add(made: dict[str, bytes], book: _Book, folder: str, template: str, content: dict[str, Any]) -> None:
     settings = book.site.settings
-    contact = settings.contact
+    contact, root = settings.contact, "../" * folder.count("/")
     common = {
-        "root": "../" * folder.count("/"), "site": book.site, "settings": settings, "marks": MARKS, "words": WORDS, "prose": prose(),
+        "root": root, "root_md": Markup(root), "site": book.site, "settings": settings, "marks": MARKS, "words": WORDS, "prose": prose(),
         "home": template == "index", "legend": [(glyph(v), WORDS[v]) for v in ORDER],
         "mail": contact if contact is not None and _MAIL.fullmatch(contact) else None, "contact_link": https_only(contact),
     }  # fmt: skip
@@ -177,12 +181,24 @@ def _environment(**how: Any) -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(data_path("publish/templates")), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, auto_reload=False, keep_trailing_newline=True, **how,
     )  # fmt: skip
-    environment.filters |= {"number": _number, "word": _word, "code": _code, "md_link": _md_link}
+    environment.filters |= {
+        "number": _number,
+        "word": _word,
+        "counted": _counted,
+        "code": _code,
+        "path": _path,
+        "line": _line,
+        "md_link": _md_link,
+    }
     return environment
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else number(value)
+def _number(value: float | None) -> Markup:
+    return Markup("–" if value is None else number(value))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _word(value: str | None) -> str:
@@ -192,6 +208,16 @@ def _word(value: str | None) -> str:
 def _code(value: str) -> str:
     """A digest or a name as a code span of Markdown, where nothing in it could end the span."""
     return Markup(f"`{value}`") if _PLAIN_CODE.fullmatch(value) else markdown_text(value)
+
+
+def _path(value: str) -> Markup:
+    """A path inside the site as a link of Markdown may hold it."""
+    return Markup(quote(value))
+
+
+def _line(value: str) -> Markup:
+    """Our own text inside a code block of Markdown, where nothing is escaped."""
+    return Markup(value)
 
 
 def _md_link(link: str) -> Markup:
@@ -246,16 +272,21 @@ def _row(page: EndpointPage, least: float, most: float) -> dict[str, Any]:
         "page": page, "report": report, "mark": MARKS[report.verdict], "words": WORDS[report.verdict], "cause": _cause(report),
         "strip": strip(_point(report), _limit(page), least, most) if report.noise_nats else None,
         "interval": _interval(report), "level": page.evidence.plan.level, "nights": _standing(page),
-        "dispute": DISPUTE_WORDS[page.dispute] if page.dispute is not None else None,
+        "dispute": _dispute(page),
         "corrected": any(s.what == "correction" for s in page.statements),
     }  # fmt: skip
 
 
 def _standing(page: EndpointPage) -> str:
     counts = page.standing
-    nights = len(page.nights)
-    each = ", ".join(f"{counts[word]} {WORDS[word].lower()}" for word in ORDER if counts.get(word))
-    return f"{nights} {'night' if nights == 1 else 'nights'}: {each}"
+    each = ", ".join(f"{counts[word]} {STANDING_WORDS[word]}" for word in ORDER if counts.get(word))
+    return f"{_counted(len(page.nights), 'night')}: {each}"
+
+
+def _dispute(page: EndpointPage) -> str | None:
+    if page.dispute == "answered" and all(s.what != "dispute_opened" for s in page.statements):
+        return "With a reply"
+    return DISPUTE_WORDS[page.dispute] if page.dispute is not None else None
 
 
 def _cause(report: ReportEntry) -> str | None:
@@ -299,8 +330,11 @@ class _Check:
     @classmethod
     def of(cls, finding: Finding) -> "_Check":
         text = prose().get(finding.check)
+        effects = [_effect(e) for e in finding.effects]
+        if finding.log10_e_value is not None:
+            effects.append(f"evidence against honest: e = 10^{finding.log10_e_value:.1f}")
         return cls(
-            finding, text.title if text else finding.check, MARKS[finding.outcome], [_effect(e) for e in finding.effects],
+            finding, text.title if text else finding.check, MARKS[finding.outcome], effects,
             text.measures if text else None, text.does_not_prove if text else None,
             text.fix if text and finding.outcome == "inconsistent" else None,
         )  # fmt: skip
@@ -322,7 +356,7 @@ def _endpoint(book: _Book, page: EndpointPage) -> dict[str, Any]:
         "night_rows": _night_rows(page.nights, root), "night_lines": _night_lines(page.nights, root),
         "speed_charts": _speed_charts(page.nights), "speed_rows": _speed_rows(page.nights), "speed_lines": _speed_lines(page.nights),
         "statements": [_statement(book, s) for s in page.statements],
-        "dispute": DISPUTE_WORDS[page.dispute] if page.dispute is not None else None,
+        "dispute": _dispute(page),
         "superseded": [(r, book.replaced_by.get(r.index)) for r in page.superseded], "recent": page.nights[-6:-1][::-1],
         "standing": _standing(page), "model_slug": book.model_slugs.get(page.model), "method_slug": book.method(report),
         "badge": _badge(book.site.settings.base_url, page.slug),
@@ -419,7 +453,9 @@ def _speed_rows(nights: Sequence[ReportEntry]) -> Markup:
 
 
 def _speed_lines(nights: Sequence[ReportEntry]) -> Markup:
-    lines = (f"| {r.night} | {' | '.join(cells)} |" for r, cells in zip(reversed(nights), _speed_cells(nights), strict=True))
+    lines = (
+        f"| {r.night} | {' | '.join(cells)} |" for r, cells in zip(reversed(nights), _speed_cells(nights), strict=True)
+    )
     return Markup("\n".join(lines))
 
 

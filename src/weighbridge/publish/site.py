@@ -96,9 +96,12 @@ class EndpointPage:
 
     @property
     def dispute(self) -> str | None:
-        """How the latest dispute stands: open, answered, re-run or resolved; None where there is none."""
-        states = [DISPUTES[s.what] for s in self.statements if s.what in DISPUTES]
-        return states[-1] if states else None
+        """How the latest dispute stands: open, answered, re-run or resolved; None where there is none. A reply alone opens none."""
+        state = None
+        for said in self.statements:
+            if said.what in DISPUTES and (state is not None or said.what == "dispute_opened"):
+                state = DISPUTES[said.what]
+        return state
 
     @property
     def standing(self) -> dict[str, int]:
@@ -250,7 +253,7 @@ def _methods(log: Log) -> tuple[MethodPage, ...]:
     pages, taken = [], Counter[str]()
     for entry in entries:
         policy = entry.policy
-        slug = f"{entry.weighbridge_version}-{policy.id}-{policy.version}".replace("+", "-").lower()
+        slug = slug_of(f"{entry.weighbridge_version} {policy.id} {policy.version}")
         taken[slug] += 1
         slug = slug if taken[slug] == 1 else f"{slug}-{taken[slug]}"
         pages.append(MethodPage(slug, entry, count[entry.weighbridge_version, policy.id, policy.version]))
