@@ -1,6 +1,7 @@
 """The public pages: whatever anybody wrote, they are inert, whole, readable, and equal sites give equal bytes."""
 
 import dataclasses
+import itertools
 import posixpath
 import re
 from collections import Counter
@@ -20,13 +21,21 @@ from weighbridge.attest import TrustedKey
 from weighbridge.history.changes import Change
 from weighbridge.judge.policy import load_policy
 from weighbridge.publish.charts import Guide, Point, distance_chart, line_chart, number
-from weighbridge.publish.entries import DisclosedEntry, MethodEntry, ReferenceEntry, ReportEntry, StatementEntry
+from weighbridge.publish.entries import (
+    DisclosedEntry,
+    MethodEntry,
+    ReferenceEntry,
+    ReportEntry,
+    StatementEntry,
+    StatementKind,
+)
 from weighbridge.publish.log import Log
 from weighbridge.publish.pages import https_only, markdown_text, pages
 from weighbridge.publish.site import EndpointPage, Latest, MethodPage, ModelPage, Settings, Site
 from weighbridge.records import (
     BundleIdentity,
     Capability,
+    Cause,
     Draw,
     Effect,
     Endpoint,
@@ -45,10 +54,11 @@ NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 SHA = "ab" * 32
 HOSTILE = "\"'><script>alert(1)</script><svg onload=a onerror=b>|`\n# HEAD\n[x](javascript:a)![i](https://e.x)\n```\u202e\x00{{ 7*7 }}"
 VOID = {"meta", "link", "br", "img"}
-TAGS = VOID | set(
-    "html head title body a header div nav ul li main h1 h2 h3 p section table caption thead tbody tr th td span strong em details summary "
-    "figure figcaption blockquote article dl dt dd pre code footer svg path text desc".split()
-)
+TAGS = VOID | {
+    "html", "head", "title", "body", "a", "header", "div", "nav", "ul", "li", "main", "h1", "h2", "h3", "p", "section", "table", "caption",
+    "thead", "tbody", "tr", "th", "td", "span", "strong", "em", "details", "summary", "figure", "figcaption", "blockquote", "article", "dl",
+    "dt", "dd", "pre", "code", "footer", "svg", "path", "text", "desc",
+}  # fmt: skip
 KNOWN = re.compile(
     r"feed\.atom|index\.json|latest\.json|log\.jsonl|log\.head\.json|signer\.pub|endpoints/[a-z0-9-]+/(badge\.svg|index\.json)"
     r"|references/[0-9a-f]{64}\.json|reports/[a-z0-9-]+/[0-9-]+[0-9a-f]{12}/(report\.html|evidence\.zip)|schemas/[a-z0-9.-]+\.json"
@@ -85,7 +95,7 @@ def latest(text: str = "plain", *, measured: bool = True) -> Latest:
     share = Finding(check="share", axis="share", outcome="inconclusive", summary=text, to_resolve=text)
     verdict = Verdict(
         weighbridge_version="0.1.0", verdict="differs", cause="precision", exact_variant=text, family=text, policy="strict", axes={},
-        not_excluded=[text], excluded=[], sentence=text, error_rate=text, effective_noise_nats=None, answers_used=20, requests_sent=55,
+        not_excluded=[text], excluded=[text, "nf4-g64"], sentence=text, error_rate=text, effective_noise_nats=None, answers_used=20, requests_sent=55,
         prompt_tokens=1, completion_tokens=1, cost_usd=None, stopped_because=text, endpoint_refused=False, observations_sha256=SHA,
     )  # fmt: skip
     plan = Plan(
@@ -101,12 +111,15 @@ def latest(text: str = "plain", *, measured: bool = True) -> Latest:
 
 
 def manifest(text: str = "plain") -> Manifest:
+    recorded: list[tuple[str, Cause | None, float | None]] = [
+        ("hf-float32", None, 0.0), ("int8", "precision", 0.1), ("int4", "precision", None),
+    ]  # fmt: skip
     stacks = [
         StackRecord(
             id=name, description=text, departure=departure, departure_class=text if departure else None, family=text, bits_held=8.0,
             precision=Precision(weights=text, activations=text, kv_cache=text, logits=text), pools=[], engine={}, noise_nats=noise, indistinguishable=True,
         )
-        for name, departure, noise in (("hf-float32", None, 0.0), ("int8", "precision", 0.1), ("int4", "precision", None))
+        for name, departure, noise in recorded
     ]  # fmt: skip
     return Manifest(
         id="bundle-a", version=1, model=text, model_names=[text], keeper=text, built_with=text, hypotheses=[], vocabulary_sha256=SHA, template_sha256=SHA,
@@ -158,9 +171,10 @@ def full_site(text: str) -> Site:
     ]  # fmt: skip
     old = report(12, text)
     new = report(13, text, supersedes=12, verdict="differs")
+    told: list[StatementKind] = ["dispute_opened", "reply", "re_run", "correction"]
     statements = tuple(
         StatementEntry(index=20 + i, previous=SHA, at=NOW, about=13, what=what, by=text[:120], text=text, link="https://example.org/a(b)'|`c", report=3)
-        for i, what in enumerate(("dispute_opened", "reply", "re_run", "correction"))
+        for i, what in enumerate(told)
     )  # fmt: skip
     change = Change(text, "own past", "2026-11-08", "2026-11-06", 3.0, 730.0, "precision")
     one = endpoint_page(
@@ -246,8 +260,9 @@ def test_no_text_from_outside_becomes_mark_up(hostile: dict[str, bytes]) -> None
                 link = attributes.get(name) or ""
                 assert not re.match(r"(?i)\s*(javascript|data|vbscript):", link), (path, tag, link)
         text = hostile[path].decode()
-        for bad in ("<script", "<svg onload", "{{", "\u202e", "\x00", "\u2028"):
-            assert bad not in text.replace("{{ 7*7 }}", ""), (path, bad)
+        for bad in ("<script", "<svg onload", "\u202e", "\x00"):
+            assert bad not in text, (path, bad)
+    assert b"{{ 7*7 }}" in hostile["index.html"]
 
 
 def test_no_text_from_outside_becomes_markdown(hostile: dict[str, bytes], plain: dict[str, bytes]) -> None:
@@ -295,7 +310,7 @@ def test_pages_are_well_made_for_everybody(plain: dict[str, bytes]) -> None:
     for path, page in html(plain).items():
         headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
         assert headings.count(1) == 1, path
-        assert all(b - a <= 1 for a, b in zip(headings, headings[1:], strict=False)), (path, headings)
+        assert all(b - a <= 1 for a, b in itertools.pairwise(headings)), (path, headings)
         identifiers = [a["id"] for _, a in page.tags if "id" in a]
         assert len(identifiers) == len(set(identifiers)), path
         assert len(page.named("table")) == len(page.named("caption")), path
@@ -351,7 +366,7 @@ def test_what_is_old_disputed_superseded_or_not_committed_is_said_in_words(plain
         page = plain[f"endpoints/host-a/index.{suffix}"].decode()
         for words in (
             "This report is old", "Disputed, audited again", "Differs, one night", "Superseded", "replaced 2026-11-23", "was not in the log before the audit began",
-            "2026-11-06", "shown, not judged", "What would change it", "fp8-e4m3", "Correction", "n = 20",
+            "2026-11-06", "shown, not judged", "What would change it", "fp8-e4m3", "nf4-g64", "Correction", "n = 20",
         ):  # fmt: skip
             assert words in page, (suffix, words)
         assert "This report is old" not in plain[f"endpoints/host-b/index.{suffix}"].decode()
@@ -402,7 +417,10 @@ def test_markdown_text_reads_as_it_was_written(text: str) -> None:
     )
     for before in ("", "- ", "# ", "so it was: "):
         inline = [t for t in tokens(before + markdown_text(text)) if t.type == "inline"]
-        assert "".join(t.content for part in inline for t in part.children or []) == expected
+        assert (
+            "".join(t.content for part in inline for t in part.children or [])
+            == f"{before.lstrip('-# ')}{expected}".strip()
+        )
         assert {t.type for part in inline for t in part.children or []} <= {"text", "text_special"}
 
 
@@ -462,7 +480,7 @@ def test_charts_are_xml_with_few_nodes() -> None:
     ]
     chart = distance_chart(points, 0.06, [Guide('<b onload="x">', 0.1), Guide("touches", 0.1001)], [date(2026, 5, 5)])
     assert chart is not None
-    root = ElementTree.fromstring(chart)  # noqa: S314 -- our own text
+    root = ElementTree.fromstring(chart)
     assert len(list(root.iter())) < 40
     assert [e.get("class") for e in root.iter("path") if (e.get("class") or "").startswith("marker")] == [
         f"marker {v}" for v in sorted(verdicts)
@@ -472,4 +490,4 @@ def test_charts_are_xml_with_few_nodes() -> None:
     assert line_chart([(TODAY, 1.0)], "a", "a") is None
     line = line_chart([(TODAY, 1.0), (TODAY + timedelta(days=1), None), (TODAY + timedelta(days=2), 0.0)], "a", "<i>")
     assert line is not None
-    ElementTree.fromstring(line)  # noqa: S314
+    ElementTree.fromstring(line)

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from weighbridge.judge.checks import prose
 from weighbridge.paths import data_path
-from weighbridge.publish.charts import Guide, Point, distance_chart, glyph, line_chart, number, strip
+from weighbridge.publish.charts import Guide, Point, distance_chart, glyph, line_chart, number, strip, trusted
 from weighbridge.publish.entries import ReportEntry, StatementEntry
 from weighbridge.publish.site import EndpointPage, MethodPage, ModelPage, Site
 from weighbridge.records import AXES, Effect, Finding, Policy, VerdictWord
@@ -52,7 +52,7 @@ _MEANINGS = {
     "direction_margin_cosine": "what is added to the largest mean cosine of an honest stack before a direction counts",
     "family_cosine": "a class of departures is named where the lower end of the cosine's interval is at least this",
 }
-_SOURCE = "stated by the policy; how it follows is in docs/STATISTICS.md of Weighbridge"
+_SOURCE = "the policy"
 _MARKDOWN = re.compile(r"[\\`*_{}\[\]#|~!$@^]|^[-+=:]|\.(?=[^\W\d])|:(?=//)")
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -148,8 +148,10 @@ class _Book:
 def _add(made: dict[str, bytes], book: _Book, folder: str, template: str, content: dict[str, Any]) -> None:
     settings = book.site.settings
     contact, root = settings.contact, "../" * folder.count("/")
+    updated = book.site.updated
     common = {
-        "root": root, "root_md": Markup(root), "site": book.site, "settings": settings, "marks": MARKS, "words": WORDS, "prose": prose(),
+        "updated": updated.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC") if updated is not None else None,
+        "root": root, "root_md": trusted(root), "site": book.site, "settings": settings, "marks": MARKS, "words": WORDS, "prose": prose(),
         "home": template == "index", "legend": [(glyph(v), WORDS[v]) for v in ORDER],
         "mail": contact if contact is not None and _MAIL.fullmatch(contact) else None, "contact_link": https_only(contact),
     }  # fmt: skip
@@ -187,14 +189,14 @@ def _environment(**how: Any) -> jinja2.Environment:
         "counted": _counted,
         "code": _code,
         "path": _path,
-        "line": _line,
+        "line": trusted,
         "md_link": _md_link,
     }
     return environment
 
 
 def _number(value: float | None) -> Markup:
-    return Markup("–" if value is None else number(value))
+    return trusted("–" if value is None else number(value))
 
 
 def _counted(count: int, what: str) -> str:
@@ -207,22 +209,17 @@ def _word(value: str | None) -> str:
 
 def _code(value: str) -> str:
     """A digest or a name as a code span of Markdown, where nothing in it could end the span."""
-    return Markup(f"`{value}`") if _PLAIN_CODE.fullmatch(value) else markdown_text(value)
+    return trusted(f"`{value}`") if _PLAIN_CODE.fullmatch(value) else markdown_text(value)
 
 
 def _path(value: str) -> Markup:
     """A path inside the site as a link of Markdown may hold it."""
-    return Markup(quote(value))
-
-
-def _line(value: str) -> Markup:
-    """Our own text inside a code block of Markdown, where nothing is escaped."""
-    return Markup(value)
+    return trusted(quote(value))
 
 
 def _md_link(link: str) -> Markup:
     """A link that `https_only` has let through."""
-    return Markup(f"[{markdown_text(link)}](<{link}>)")
+    return trusted(f"[{markdown_text(link)}](<{link}>)")
 
 
 # -- the front page --------------------------------------------------------------------------------------------
@@ -400,7 +397,7 @@ def _effect(effect: Effect) -> str:
 
 def _badge(base_url: str | None, slug: str) -> Markup:
     base = base_url.rstrip("/") if base_url is not None and _PLAIN_CODE.fullmatch(base_url) else "https://ADDRESS"
-    return Markup(f"[![Weighbridge: {slug}]({base}/endpoints/{slug}/badge.svg)]({base}/endpoints/{slug}/)")
+    return trusted(f"[![Weighbridge: {slug}]({base}/endpoints/{slug}/badge.svg)]({base}/endpoints/{slug}/)")
 
 
 # Hundreds of rows a page: they are put together here, of numbers, dates, checked names and escaped text.
@@ -417,7 +414,7 @@ def _night_rows(nights: Sequence[ReportEntry], root: str) -> Markup:
             f'<td class="number">{_number(r.noise_nats)}</td><td class="number">{interval}</td><td class="number">{r.answers_used}</td>'
             f'<td><a href="{root}{r.folder}/evidence.zip" aria-label="evidence.zip of {r.night}">evidence.zip</a></td></tr>'
         )
-    return Markup("\n".join(rows))
+    return trusted("\n".join(rows))
 
 
 def _night_lines(nights: Sequence[ReportEntry], root: str) -> Markup:
@@ -428,7 +425,7 @@ def _night_lines(nights: Sequence[ReportEntry], root: str) -> Markup:
             f"| [{r.night}]({root}{r.folder}/report.html) | {MARKS[r.verdict]} {WORDS[r.verdict]}{': ' + markdown_text(cause) if cause is not None else ''} "
             f"| {_number(r.noise_nats)} | {_interval(r)} | {r.answers_used} | [evidence.zip]({root}{r.folder}/evidence.zip) |"
         )
-    return Markup("\n".join(lines))
+    return trusted("\n".join(lines))
 
 
 def _interval(report: ReportEntry) -> str:
@@ -449,14 +446,14 @@ def _speed_rows(nights: Sequence[ReportEntry]) -> Markup:
         f'<tr><th scope="row">{r.night}</th>{"".join(f"""<td class="number">{cell}</td>""" for cell in cells)}</tr>'
         for r, cells in zip(reversed(nights), _speed_cells(nights), strict=True)
     )
-    return Markup("\n".join(rows))
+    return trusted("\n".join(rows))
 
 
 def _speed_lines(nights: Sequence[ReportEntry]) -> Markup:
     lines = (
         f"| {r.night} | {' | '.join(cells)} |" for r, cells in zip(reversed(nights), _speed_cells(nights), strict=True)
     )
-    return Markup("\n".join(lines))
+    return trusted("\n".join(lines))
 
 
 def _speed_charts(nights: Sequence[ReportEntry]) -> list[Markup]:
