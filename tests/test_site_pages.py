@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from weighbridge.attest import TrustedKey
+from weighbridge.fleet import slug_of
 from weighbridge.history.changes import Change
 from weighbridge.judge.policy import load_policy
 from weighbridge.publish.charts import Guide, Point, distance_chart, line_chart, number
@@ -154,7 +155,7 @@ def site_of(endpoints: list[EndpointPage], text: str = "plain", *, reference: bo
         settings=Settings(text, "https://weigh.example.org", text, TrustedKey(b"k" * 32, text), TODAY), log=Log(tuple(reports), SHA, SHA, 1),
         updated=NOW, endpoints=tuple(endpoints),
         models=tuple(ModelPage(f"model-{i}", name, tuple(own), references) for i, (name, own) in enumerate(sorted(by_model.items()))),
-        methods=(MethodPage("0.1.0-strict-4", methods[0], len(reports)), MethodPage(f"0.1.0-../../{text}-4".lower(), methods[1], 0)),
+        methods=(MethodPage("0.1.0-strict-4", methods[0], len(reports)), MethodPage(slug_of(f"0.1.0-../../{text}-4"), methods[1], 0)),
         disclosed=(DisclosedEntry(index=2, previous=SHA, at=NOW, pool=text, sha256=SHA),), run_length_nights=730.0,
     )  # fmt: skip
 

@@ -13,7 +13,6 @@ from weighbridge.attest import TrustedKey
 from weighbridge.canonical import SIGNIFICANT_DIGITS, canonical_bytes, rounded
 from weighbridge.history.changes import Against, Change
 from weighbridge.publish.entries import ENTRY, ReportEntry, Sha256, StatementEntry
-from weighbridge.publish.pages import method_slug
 from weighbridge.publish.site import DISPUTES, EndpointPage, MethodPage, ModelPage, Site
 from weighbridge.records import Axis, Cause, Effect, Finding, Finite, Outcome, Record, VerdictWord
 from weighbridge.report.document import SCHEMA_FILE
@@ -278,13 +277,13 @@ def _index_model(page: ModelPage) -> IndexModel:
 
 def _index_method(page: MethodPage) -> IndexMethod:
     return IndexMethod(
-        slug=method_slug(page),
+        slug=page.slug,
         weighbridge_version=page.entry.weighbridge_version,
         policy=page.entry.policy.id,
         policy_version=page.entry.policy.version,
         since=page.entry.at,
         reports=page.reports,
-        page=f"methods/{method_slug(page)}/index.html",
+        page=f"methods/{page.slug}/index.html",
     )
 
 

@@ -81,7 +81,7 @@ def pages(site: Site) -> dict[str, bytes]:
     for model in site.models:
         _add(made, book, f"models/{model.slug}/", "model", _model(model))
     for method in site.methods:
-        _add(made, book, f"methods/{method_slug(method)}/", "method", _method(method))
+        _add(made, book, f"methods/{method.slug}/", "method", _method(method))
     _add(made, book, "reading/", "reading", {"sections": _reading()})
     return made
 
@@ -118,11 +118,6 @@ def https_only(link: str | None) -> str | None:
     return quote(link, safe=":/?#&=%+,;@!~$*[]") if parts.scheme == "https" and parts.hostname else None
 
 
-def method_slug(method: MethodPage) -> str:
-    """The name of a method's folder: what a policy calls itself never leads out of the site."""
-    return re.sub(r"[^a-z0-9.-]+", "-", method.slug).strip(".-") or "method"
-
-
 # -- rendering -------------------------------------------------------------------------------------------------
 
 
@@ -135,8 +130,7 @@ class _Book:
         self.replaced_by = {r.supersedes: r for r in self.reports.values() if r.supersedes is not None}
         self.model_slugs = {model.name: model.slug for model in site.models}
         self.method_slugs = {
-            (m.entry.weighbridge_version, m.entry.policy.id, m.entry.policy.version): method_slug(m)
-            for m in site.methods
+            (m.entry.weighbridge_version, m.entry.policy.id, m.entry.policy.version): m.slug for m in site.methods
         }
         self.policies = {(m.entry.policy.id, m.entry.policy.version): m.entry.policy for m in site.methods}
 
@@ -240,7 +234,7 @@ def _index(book: _Book) -> dict[str, Any]:
         "statements": [
             {"page": page, **_statement(book, s, STATEMENT_CHARACTERS)} for page, s in told[:LATEST_STATEMENTS]
         ],
-        "methods": [(m, method_slug(m)) for m in site.methods],
+        "methods": [(m, m.slug) for m in site.methods],
         "reports": len(book.reports),
         "rule": "Consistent ones first, then those not verified, then those that differ; within a verdict by name. No number orders them, and there is no score.",
     }  # fmt: skip
