@@ -239,10 +239,10 @@ def _started(chromium: str) -> Iterator["_Browser"]:
         to_browser = _pipe(held)
         from_browser = _pipe(held)
         theirs = (to_browser.reads, from_browser.writes)
+        become = [sys.executable, "-I", "-S", "-c", BECOME, *map(str, theirs)]
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", BECOME, *map(str, theirs), chromium]
-                + [*FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"],
+                [*become, chromium, *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -673,27 +673,30 @@ return {
 
 # -- the text of a page ----------------------------------------------------------------------------------------
 
-VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
-BLOCK = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+VOID = _names("area base br col embed hr img input link meta source track wbr")
+BLOCK = _names(
     "address article aside blockquote details dialog div dl fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hgroup hr main menu "
-    "nav ol p pre search section table ul".split()
+    "nav ol p pre search section table ul"
 )
-HEADING = frozenset("h1 h2 h3 h4 h5 h6".split())
-INLINE = frozenset(
-    "abbr b bdi bdo cite code data dfn em i kbd mark q s samp small span strong sub sup time u var".split()
-)
+HEADING = _names("h1 h2 h3 h4 h5 h6")
+INLINE = _names("abbr b bdi bdo cite code data dfn em i kbd mark q s samp small span strong sub sup time u var")
 PHRASING_ONLY = INLINE | HEADING | {"p", "pre", "label", "button", "legend"}
-INTERACTIVE = frozenset("a button details embed iframe label select summary textarea".split())
-OTHER = frozenset(
+INTERACTIVE = _names("a button details embed iframe label select textarea")
+OTHER = _names(
     "a audio body button canvas caption colgroup datalist dd del dt head html iframe ins label legend li map math meter noscript object optgroup "
-    "option output picture progress rp rt ruby script select slot style summary svg tbody td template textarea tfoot th thead title tr video".split()
+    "option output picture progress rp rt ruby script select slot style summary svg tbody td template textarea tfoot th thead title tr video"
 )
 KNOWN = VOID | BLOCK | INLINE | OTHER
 ANYWHERE = frozenset({"script", "template"})
 CHILDREN: dict[str, frozenset[str]] = {
     "html": frozenset({"head", "body"}),
-    "head": frozenset("base link meta noscript style title".split()),
-    "table": frozenset("caption colgroup thead tbody tfoot tr".split()),
+    "head": _names("base link meta noscript style title"),
+    "table": _names("caption colgroup thead tbody tfoot tr"),
     "colgroup": frozenset({"col"}),
     "thead": frozenset({"tr"}),
     "tbody": frozenset({"tr"}),
@@ -715,7 +718,7 @@ PARENTS: dict[str, frozenset[str]] = {
     "thead": frozenset({"table"}),
     "tbody": frozenset({"table"}),
     "tfoot": frozenset({"table"}),
-    "tr": frozenset("table thead tbody tfoot".split()),
+    "tr": _names("table thead tbody tfoot"),
     "td": frozenset({"tr"}),
     "th": frozenset({"tr"}),
     "li": frozenset({"ul", "ol", "menu"}),
@@ -724,7 +727,7 @@ PARENTS: dict[str, frozenset[str]] = {
     "summary": frozenset({"details"}),
     "figcaption": frozenset({"figure"}),
     "legend": frozenset({"fieldset"}),
-    "option": frozenset("select datalist optgroup".split()),
+    "option": _names("select datalist optgroup"),
 }
 FIRST = frozenset({"caption", "legend", "summary"})
 REFERRING = (
@@ -793,8 +796,6 @@ class _Strict(HTMLParser):
                 self._say(f"{attribute} points to #{name}, which is not there", line)
         if self._titles != 1:
             self._say(f"{self._titles} titles, not one", 1)
-        if self.rawdata.strip():
-            self._say("a tag or a reference that is never finished")
         return [f"line {line}: {fault}" for line, fault in sorted(self._faults, key=lambda x: x[0])]
 
     def handle_decl(self, decl: str) -> None:
@@ -856,7 +857,7 @@ class _Strict(HTMLParser):
         if parent is not None:
             parent.children += 1
         if self._foreign():
-            if tag in (BLOCK | INLINE | {"table", "img", "br"}) and tag not in ("a",):
+            if tag in BLOCK | INLINE | {"img", "br"}:
                 self._say(f"<{tag}> breaks out of <svg> or <math>")
             return
         if tag == "title":
@@ -884,7 +885,7 @@ class _Strict(HTMLParser):
                 self._say(f"<{wrong[-1]}> may not hold <{tag}>")
             elif "summary" in around and tag not in HEADING:
                 self._say(f"<summary> may not hold <{tag}>")
-        if tag in INTERACTIVE - {"details", "summary"}:
+        if tag in INTERACTIVE:
             wrong = [outer for outer in around if outer in ("a", "button")]
             if wrong:
                 self._say(f"<{wrong[-1]}> may not hold <{tag}>")

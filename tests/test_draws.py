@@ -7,15 +7,16 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from weighbridge.judge.checks.sampling import CUTS, DROP_NATS, FLIP_SHARES, HONEST_FLIPS, OTHER_TEMPERATURES
+from weighbridge.judge.checks.sampling import DROP_NATS, FLIP_SHARES, HONEST_FLIPS, MOST_CUT, OTHER_TEMPERATURES
 from weighbridge.stats.draws import (
     OTHERS,
     at_temperature,
     cell_logprobs,
-    cut_off,
     flip_log_e,
     log_likelihood,
+    tells,
     temperature_interval,
+    truncated_log_likelihood,
 )
 
 Floats = NDArray[np.float64]
@@ -73,19 +74,49 @@ def test_other_temperatures_are_distributions_and_change_nothing_in_place(temper
     np.testing.assert_array_equal(cells, before)
 
 
-def test_what_is_cut_off_is_what_is_unlikely() -> None:
+def test_a_listed_token_is_worth_most_where_nothing_else_is_kept() -> None:
     cells = cell_logprobs(np.log([[0.5, 0.25, 0.02, 0.01]]))
-    np.testing.assert_allclose(np.exp(cut_off(cells, least_of_likeliest=0.0, listed_only=False)), np.exp(cells))
-    only = np.exp(cut_off(cells, least_of_likeliest=0.0, listed_only=True))[0]
-    np.testing.assert_allclose(only, [*np.array([0.5, 0.25, 0.02, 0.01]) / 0.78, 0])
-    cut = np.exp(cut_off(cells, least_of_likeliest=0.05, listed_only=False))[0]
-    np.testing.assert_allclose(cut, [2 / 3, 1 / 3, 0, 0, 0])
+    found = [float(truncated_log_likelihood(cells, np.array([j]), most_cut=0.1)[0]) for j in range(5)]
+    # The third has 4 % of the likeliest one's share, so it was not cut off, nor was what is likelier; others may have been.
+    listed = np.log([0.5 / 0.75, 0.25 / 0.75, 0.02 / 0.77, 0.01 / 0.78])
+    np.testing.assert_allclose(found, [*listed, np.log(0.22)])
 
 
-def test_a_draw_that_cannot_be_counts_as_one_that_hardly_can() -> None:
-    cells = cut_off(cell_logprobs(np.log([[0.5, 0.3]])), least_of_likeliest=0.0, listed_only=True)
-    found = log_likelihood(np.repeat(cells, 2, axis=0), np.array([0, 2]))
-    np.testing.assert_allclose(found, [np.log(0.5 / 0.8), np.log(1e-12)])
+def test_one_cut_holds_for_all_draws() -> None:
+    cells = np.repeat(cell_logprobs(np.log([[0.5, 0.25, 0.02, 0.01]])), 2, axis=0)
+    np.testing.assert_allclose(
+        truncated_log_likelihood(cells, np.array([0, 2]), most_cut=0.1), np.log([0.5 / 0.77, 0.02 / 0.77])
+    )
+
+
+def truncated(cells: Floats, least: float, keeps: Floats) -> Floats:
+    """The distribution of a server that leaves out listed tokens below a share of the likeliest, and keeps some of what is not listed."""
+    likeliest = cells[:, :-1].max(axis=1, keepdims=True)
+    kept = np.where(cells[:, :-1] >= likeliest + np.log(max(least, 1e-12)), np.exp(cells[:, :-1]), 0.0)
+    lowest = cells[:, :-1].min(axis=1)
+    rest = np.where(lowest >= likeliest[:, 0] + np.log(max(least, 1e-12)), keeps * np.exp(cells[:, -1]), 0.0)
+    out = np.concatenate([kept, rest[:, None]], axis=1)
+    return np.asarray(out / out.sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("least", [0.0, 0.01, 0.03, 0.05, MOST_CUT])
+def test_no_truncation_gives_draws_a_larger_likelihood(least: float) -> None:
+    rng = np.random.default_rng(5)
+    for seed in range(30):
+        cells = cell_logprobs(lists(20, 6, seed, spread=rng.uniform(0.3, 3), tail=rng.uniform(0.01, 0.8)))
+        null = truncated(cells, least, rng.random(20))
+        drawn = draw_cells(np.log(np.maximum(null, 1e-300)), rng)
+        own = np.log(null[np.arange(20), drawn]).sum()
+        assert truncated_log_likelihood(cells, drawn, most_cut=MOST_CUT).sum() >= own - 1e-9
+
+
+def test_much_that_is_not_listed_tells_nothing_of_a_somewhat_lower_temperature() -> None:
+    peaked, flat = (
+        cell_logprobs(lists(30, 8, 1, spread=3.0, tail=0.001)),
+        cell_logprobs(lists(30, 8, 1, spread=0.3, tail=0.6)),
+    )
+    assert tells(peaked, at_temperature(peaked, 0.5), most_cut=MOST_CUT).mean() > 0.5
+    assert not tells(flat, at_temperature(flat, 0.7), most_cut=MOST_CUT).any()
 
 
 # -- e-values --------------------------------------------------------------------------------------------------
@@ -93,23 +124,25 @@ def test_a_draw_that_cannot_be_counts_as_one_that_hardly_can() -> None:
 
 def log_e(cells: Floats, drawn: NDArray[np.int64]) -> Floats:
     """The bet on each other temperature, against the likeliest of the ways in which servers cut off; as the check places it."""
-    own = max(
-        float(log_likelihood(cut_off(cells, least_of_likeliest=least, listed_only=listed), drawn).sum())
-        for least in CUTS
-        for listed in (False, True)
-    )
-    return np.array([log_likelihood(at_temperature(cells, t), drawn).sum() - own for t in OTHER_TEMPERATURES])
+    out = []
+    for temperature in OTHER_TEMPERATURES:
+        other = at_temperature(cells, temperature)
+        bet = tells(cells, other, most_cut=MOST_CUT)
+        own = truncated_log_likelihood(cells[bet], drawn[bet], most_cut=MOST_CUT).sum()
+        out.append(log_likelihood(other[bet], drawn[bet]).sum() - own)
+    return np.array(out)
 
 
-@pytest.mark.parametrize("least", CUTS)
-@pytest.mark.parametrize("listed_only", [False, True])
+@pytest.mark.parametrize("least", [0.0, 0.01, 0.03, 0.05, MOST_CUT])
+@pytest.mark.parametrize("keeps", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("tail", [0.02, 0.6])
 def test_the_likelihood_ratio_has_a_mean_of_at_most_one_whatever_the_server_cuts_off(
-    least: float, listed_only: bool
+    least: float, keeps: float, tail: float
 ) -> None:
     """By enumeration of every pair of draws from every pair of lists."""
     for seed in range(4):
-        cells = cell_logprobs(lists(2, 4, seed, spread=3.0))
-        null = np.exp(cut_off(cells, least_of_likeliest=least, listed_only=listed_only))
+        cells = cell_logprobs(lists(2, 4, seed, spread=3.0 if tail < 0.1 else 0.7, tail=tail))
+        null = truncated(cells, least, np.full(2, keeps))
         np.testing.assert_allclose(null.sum(axis=1), 1)
         mean = np.zeros(len(OTHER_TEMPERATURES))
         for drawn in itertools.product(range(5), repeat=2):
@@ -117,6 +150,15 @@ def test_the_likelihood_ratio_has_a_mean_of_at_most_one_whatever_the_server_cuts
             if chance > 0:
                 mean += chance * np.exp(log_e(cells, np.array(drawn)))
         assert (mean <= 1 + 1e-9).all()
+
+
+@pytest.mark.parametrize("least", [0.03, 0.05])
+def test_many_first_tokens_of_flat_lists_do_not_look_colder_where_the_server_cuts_off(least: float) -> None:
+    """As of llama.cpp, whose ``min_p`` of 0.05 is on unless a request says otherwise, over more tokens than an audit asks for."""
+    rng = np.random.default_rng(12)
+    cells = cell_logprobs(lists(240, 20, 13, spread=1.0, tail=0.35))
+    drawn = draw_cells(np.log(np.maximum(truncated(cells, least, np.full(240, 0.3)), 1e-300)), rng)
+    assert np.exp(log_e(cells, drawn)).mean() < 10
 
 
 def test_honest_draws_seldom_reach_much_evidence() -> None:

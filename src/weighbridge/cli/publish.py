@@ -20,11 +20,11 @@ from weighbridge.errors import ConfigurationError, EvidenceError
 from weighbridge.history.index import opened, refresh, runs
 from weighbridge.nightly.collection import NIGHT, Night
 from weighbridge.publish.build import build_site
-from weighbridge.publish.enter import NEEDED, Entered, Terms, commit_night, enter_runs
+from weighbridge.publish.enter import EVIDENCE, NEEDED, Entered, Terms, commit_night, enter_runs
 from weighbridge.publish.entries import DisclosedEntry, ReportEntry, StatementEntry, StatementKind
 from weighbridge.publish.log import LOG, Appending, Log, read_log, write_head
 from weighbridge.publish.site import Settings, SiteFile, load_site, read_site_file
-from weighbridge.publish.verify import Verified, VerifiedSite, verify_report, verify_site
+from weighbridge.publish.verify import Verified, VerifiedSite, log_above, verify_report, verify_site
 from weighbridge.records import read_json
 
 LOCK = "publish.lock"
@@ -80,6 +80,8 @@ def publish_command(
             entered = enter_runs(whole, root, site, log, Terms(now, notice_days, key_file), _say)
         finally:
             log.write(site / LOG)
+            if (site / LOG).exists():
+                write_head(site, read_log(site / LOG), key_file)
         written, whole_log = _build(site, described, key_file, now)
     _show_published(site, entered, written, whole_log, as_json)
     return 0
@@ -158,7 +160,10 @@ def verify_command(
         raise ConfigurationError(f"there is no {report}", "Name an evidence.zip, its folder, or a site")
     for file in trusted_key_files:
         inside = report if report.is_dir() else report.parent
-        if file.resolve().is_relative_to(inside.resolve()):
+        log = log_file or log_above(report / EVIDENCE if report.is_dir() else report)
+        if any(
+            file.resolve().is_relative_to(p.resolve()) for p in (inside, *([log.parent] if log is not None else []))
+        ):
             raise ConfigurationError(f"{file} stands beside what it is to vouch for", "Get the key elsewhere")
     trusted = trusted_keys(trusted_key_files)
     if (report / LOG).exists():
@@ -332,9 +337,12 @@ def _locked(site: Path) -> Iterator[None]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8").strip()
+        text = path.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         raise ConfigurationError(f"{path} cannot be read as text", "Check the file; it is to be UTF-8") from None
+    if not text:
+        raise ConfigurationError(f"{path} holds no statement", "Write it down there")
+    return text
 
 
 def _now() -> datetime:

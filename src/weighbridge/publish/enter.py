@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from weighbridge.audit import bundle_of
 from weighbridge.canonical import canonical_bytes, sha256_hex, write_atomically
@@ -19,6 +22,7 @@ from weighbridge.nightly.judgement import FLEET_NIGHT, FleetNight, FleetRow
 from weighbridge.nightly.schedule import bundle_at
 from weighbridge.plan import pool_of
 from weighbridge.publish.entries import (
+    FIRST,
     CommitmentsEntry,
     DisclosedEntry,
     HeldEntry,
@@ -102,6 +106,9 @@ def enter_runs(
                     _enter(sealed, site, log, state, terms, done)
                 except (WeighbridgeError, OSError) as error:
                     done.left_out.append((run["endpoint"], str(error)))
+                except (ValueError, RecursionError) as error:
+                    why = f"{root / run['folder']} holds what no report can say ({type(error).__name__})"
+                    done.left_out.append((run["endpoint"], why))
             say(f"{start + len(some)} of {len(fresh)} new runs sealed")
     return done
 
@@ -125,7 +132,7 @@ def _sealed(folder: Path, key_file: Path | None) -> _Sealed | Exception:
         bundle = bundle_of(plan, load=bundle_at)
         data = seal(folder, _manifest(bundle) if bundle is not None else None, key_file)
         return _Sealed(folder, plan, verdict, current_row(folder), bundle, data)
-    except (WeighbridgeError, OSError) as error:
+    except (WeighbridgeError, OSError, ValueError, RecursionError) as error:
         return error
 
 
@@ -190,30 +197,32 @@ def _enter(sealed: _Sealed, site: Path, log: Appending, state: _State, terms: Te
     word = verdict.verdict if named is None or named.verdict is None else named.verdict
     until = _held_until(_is_sealed(plan, sealed.bundle, state), word, digest, state, terms)
     if until is not _SHOWN:
-        if digest not in state.held:
+        if state.held.get(digest, _SHOWN) != until:
             log.add(HeldEntry, terms.now, evidence_sha256=digest, until=until)
             state.held[digest] = until
         write_atomically(folder / EVIDENCE, data)
         done.held.append((plan.endpoint.name, until))
         return
     _method_and_reference(sealed, site, log, state, terms.now)
-    entry = log.add(
-        ReportEntry, terms.now,
-        endpoint=plan.endpoint.name, slug=slug_of(plan.endpoint.name), base_url=plan.endpoint.base_url, model=plan.endpoint.model,
-        claimed_precision=plan.endpoint.claimed_precision, night=row.night, created_at=row.created_at, run_id=plan.run_id,
-        weighbridge_version=verdict.weighbridge_version, policy=plan.policy.id, policy_version=plan.policy.version,
-        reference=row.reference, pool=row.pool, commitment=row.commitment,
-        verdict=word, cause=verdict.cause if named is None else named.cause, exact_variant=verdict.exact_variant if word.startswith("differs") else None,
-        alone=verdict.verdict, judged_together=None if named is None else named.judged_together,
-        sentence=verdict.sentence if named is None or word == "consistent" else f"{named.sentence} {verdict.sentence}" if word.startswith("differs") else named.sentence or "",
-        axes=verdict.axes, log10_e_value=row.log10_e_value, noise_nats=row.noise_nats, noise_low_nats=row.noise_low_nats,
-        noise_high_nats=row.noise_high_nats, answers_used=row.answers_used, requests_sent=row.requests_sent, errors=row.errors,
-        prompt_tokens=row.prompt_tokens, completion_tokens=row.completion_tokens, cost_usd=row.cost_usd, latency_s=row.latency_s,
-        first_token_s=row.first_token_s, tokens_per_s=row.tokens_per_s, stopped_because=row.stopped_because,
-        evidence_sha256=digest, supersedes=before.index if before is not None else None,
-    )  # fmt: skip
-    write_atomically(site / entry.folder / EVIDENCE, data)
-    write_atomically(site / entry.folder / REPORT, (folder / REPORT).read_bytes())
+    said: dict[str, Any] = {
+        "endpoint": plan.endpoint.name, "slug": slug_of(plan.endpoint.name), "base_url": plan.endpoint.base_url, "model": plan.endpoint.model,
+        "claimed_precision": plan.endpoint.claimed_precision, "night": row.night, "created_at": row.created_at, "run_id": plan.run_id,
+        "weighbridge_version": verdict.weighbridge_version, "policy": plan.policy.id, "policy_version": plan.policy.version,
+        "reference": row.reference, "pool": row.pool, "commitment": row.commitment,
+        "verdict": word, "cause": verdict.cause if named is None else named.cause, "exact_variant": verdict.exact_variant if word.startswith("differs") else None,
+        "alone": verdict.verdict, "judged_together": None if named is None else named.judged_together,
+        "sentence": verdict.sentence if named is None or word == "consistent" else f"{named.sentence} {verdict.sentence}" if word.startswith("differs") else named.sentence or "",
+        "axes": verdict.axes, "log10_e_value": row.log10_e_value, "noise_nats": row.noise_nats, "noise_low_nats": row.noise_low_nats,
+        "noise_high_nats": row.noise_high_nats, "answers_used": row.answers_used, "requests_sent": row.requests_sent, "errors": row.errors,
+        "prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens, "cost_usd": row.cost_usd, "latency_s": row.latency_s,
+        "first_token_s": row.first_token_s, "tokens_per_s": row.tokens_per_s, "stopped_because": row.stopped_because,
+        "evidence_sha256": digest, "supersedes": before.index if before is not None else None,
+    }  # fmt: skip
+    # Evidence is there before its entry is, whatever befalls either.
+    place = site / ReportEntry(index=0, previous=FIRST, at=terms.now, **said).folder
+    write_atomically(place / EVIDENCE, data)
+    write_atomically(place / REPORT, (folder / REPORT).read_bytes())
+    entry = log.add(ReportEntry, terms.now, **said)
     state.reports[plan.run_id] = entry
     done.reports.append(entry)
 
@@ -278,7 +287,12 @@ def _method_and_reference(sealed: _Sealed, site: Path, log: Appending, state: _S
 
 def _commitments(root: Path, log: Appending, terms: Terms) -> None:
     for path in sorted(root.rglob(NIGHT)) if root.is_dir() else []:
-        commit_night(log, read_json(Night, path), terms.now)
+        try:
+            commit_night(log, read_json(Night, path), terms.now)
+        except ValidationError:
+            raise ConfigurationError(f"{path} holds a commitment that is none", "Restore it") from None
+        except ValueError:
+            raise ConfigurationError(f"{path} names no night", "Restore it") from None
 
 
 def commit_night(log: Appending, night: Night, now: datetime) -> None:

@@ -11,6 +11,7 @@ import stat
 import zipfile
 import zlib
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from weighbridge.attest import (
 from weighbridge.canonical import canonical_bytes, sha256_hex
 from weighbridge.dialects.routes import LISTING, RECORD_FIELDS, RECORDS
 from weighbridge.errors import EvidenceError, RunFolderError, SignatureError
-from weighbridge.records import Plan, Verdict
+from weighbridge.records import Findings, Plan, Verdict
+from weighbridge.reference.bundle import EMBEDDED
 from weighbridge.store import plan_bytes
 
 STATEMENT = "statement.json"
@@ -41,6 +43,8 @@ NAMES = frozenset(
     [*JUDGED_FROM, *JUDGED_TO, *SHOWN_AS, MANIFEST, STATEMENT, *(f"{c}/{n}" for c in CONTROLS for n in (*JUDGED_FROM, *JUDGED_TO))]
 )  # fmt: skip
 MOST_BYTES = 512 * 2**20  # of all files together, unpacked
+MOST_DOCUMENT_BYTES = 16 * 2**20  # of one that is read as one JSON value, which takes many times its size in memory
+MOST_LINE_BYTES = 64 * 2**20
 _WHEN = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file knows: what is the same has the same bytes
 _LEVEL = 3  # a tenth larger than the usual one, in half the time
 
@@ -92,8 +96,14 @@ def seal(folder: Path, manifest: bytes | None, key_file: Path | None) -> bytes:
                 redactions.append({"file": full, "sha256_before": sha256_hex(data), "taken_out": what})
     if manifest is not None:
         files[MANIFEST] = manifest
+    _fits(files, str(folder))
     plan = Plan.model_validate_json(files["plan.json"])
     verdict = Verdict.model_validate_json(files["verdict.json"])
+    # Pages are made of these: what cannot be shown is not entered.
+    Findings.model_validate_json(files["findings.json"])
+    began = json.loads(files["exchanges.jsonl"].partition(b"\n")[0] or b"{}").get("sent_at")
+    if began is not None and datetime.fromisoformat(began).tzinfo is None:
+        raise RunFolderError(f"{folder / 'exchanges.jsonl'}: sent_at names no zone", "Restore the file")
     predicate = {
         "weighbridge_version": verdict.weighbridge_version, "run_id": plan.run_id, "created_at": plan.created_at,
         "endpoint": {"name": plan.endpoint.name, "base_url": plan.endpoint.base_url, "model": plan.endpoint.model},
@@ -142,6 +152,17 @@ def read_evidence(data: bytes, where: str, trusted: list[TrustedKey]) -> Evidenc
     return Evidence(sha256_hex(data), files, statement, state)
 
 
+def _fits(files: dict[str, bytes], where: str) -> None:
+    """Refuse what nobody could open: it is bounded, so that a stranger's evidence fills no memory."""
+    for name, data in files.items():
+        if name.endswith(".json") and len(data) > MOST_DOCUMENT_BYTES:
+            raise EvidenceError(f"{where}: {name} is larger than it can be", "Do not use it")
+        if name.endswith(".jsonl") and max(map(len, data.split(b"\n"))) > MOST_LINE_BYTES:
+            raise EvidenceError(f"{where}: {name} holds a line that is longer than one can be", "Do not use it")
+    if sum(map(len, files.values())) > MOST_BYTES:
+        raise EvidenceError(f"{where} holds more than evidence can", "Do not use it")
+
+
 def _file(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -156,37 +177,63 @@ def _file(path: Path) -> bytes:
 def _public_plan(data: bytes) -> tuple[bytes, str | None]:
     """A plan as it is published, and what was taken out of it."""
     plan = Plan.model_validate_json(data)
-    if plan.reference_path is None and plan.endpoint.api_key_env is None:
-        return data, None
-    endpoint = plan.endpoint.model_copy(update={"api_key_env": None})
+    given = plan.endpoint
+    named = plan.reference.id if plan.reference is not None else "not at hand"
+    own: dict[str, str | None] = {"api_key_env": None}
+    if given.reference is not None and given.reference not in EMBEDDED:
+        own["reference"] = named
+    if given.policy.endswith(".toml"):
+        own["policy"] = plan.policy.id
+    endpoint = given.model_copy(update=own)
     public = plan.model_copy(update={"reference_path": None, "endpoint": endpoint})
-    return plan_bytes(public), "the path of the reference, the name of the key's variable"
+    if public == plan:
+        return data, None
+    return plan_bytes(public), "the paths of reference and policy, the name of the key's variable"
 
 
 def _public_exchanges(data: bytes, model: str) -> tuple[bytes, str | None]:
     """Exchanges as they are published: what a host says of itself holds things about the account of who asked."""
-    lines = data.split(b"\n")
+    lines = [*data.split(b"\n")[:-1], b""]  # a line that a crash cut short is judged by nobody
     public = b"\n".join(_without_account(line, model) if b'"route-' in line else line for line in lines)
     return public, "what is said of the auditor's own account" if public != data else None
 
 
 def _without_account(line: bytes, model: str) -> bytes:
-    """Leave of a listing of models whether the model is there, of a router's record what is judged."""
+    """Leave of what a host says of itself what is judged of it, and nothing else."""
     event = json.loads(line)
-    name = event.get("request_id")
-    if event.get("event") != "received" or name not in (LISTING, *RECORDS) or event.get("body_text") is None:
+    if not isinstance(event, dict):
+        raise ValueError("a line that is no object")
+    name, text = event.get("request_id"), event.get("body_text")
+    if event.get("event") != "received" or name not in (LISTING, *RECORDS) or text is None:
         return line
     try:
-        data = json.loads(event["body_text"])["data"]
-        if name == LISTING and isinstance(data, dict):
-            return line  # a router's listing of one model is everybody's
-        if name == LISTING:
-            kept: Any = [{"id": model} if isinstance(e, dict) and e.get("id") == model else {} for e in data]
-        else:
-            kept = {field: data[field] for field in RECORD_FIELDS if field in data}
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return line  # no listing and no record: an error, or something that no judgement reads
-    return canonical_bytes({**event, "body_text": json.dumps({"data": kept}, ensure_ascii=False), "redacted": True})
+        document = json.loads(text)
+        kept = _judged(document, event.get("status"), name == LISTING, model)
+        body = json.dumps(kept)
+    except (ValueError, RecursionError):
+        return line  # its first characters are what is judged of it
+    return line if kept == document else canonical_bytes({**event, "body_text": body, "redacted": True})
+
+
+def _judged(document: Any, status: int | None, is_listing: bool, model: str) -> Any:
+    """Of an error its message, of a listing whether the model is there, of a router's record its few fields."""
+    if not isinstance(document, dict):
+        return [] if status == 200 else document
+    error = document.get("error")
+    if isinstance(error, dict) and error:
+        told = {key: error[key] for key in ("message", "code") if error.get(key)}
+        return {"error": told or {"message": None}} if told or status == 200 else document
+    if error:
+        return {"error": error}
+    if status != 200:
+        return document  # it is shown as it is
+    data = document.get("data")
+    if is_listing and isinstance(data, list):
+        return {"data": [{"id": model} if isinstance(e, dict) and e.get("id") == model else {} for e in data]}
+    if not isinstance(data, dict):
+        return {}
+    fields = ("id", "endpoints") if is_listing else RECORD_FIELDS  # a router's listing of one model is everybody's
+    return {"data": {field: data[field] for field in fields if field in data}}
 
 
 def _zip(files: dict[str, bytes]) -> bytes:
@@ -203,6 +250,9 @@ def _zip(files: dict[str, bytes]) -> bytes:
 
 def _unzip(data: bytes, where: str) -> dict[str, bytes]:
     """The files of an archive that is not trusted: known names only, once each, and no more bytes than are announced and allowed."""
+    # An archive names each file with these four bytes; by chance alone they stand in the largest one once at most.
+    if data.count(b"PK\x01\x02") > 2 * len(NAMES):
+        raise EvidenceError(f"{where} holds more than evidence can", "Do not use it")
     files: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -210,6 +260,8 @@ def _unzip(data: bytes, where: str) -> dict[str, bytes]:
             if len(infos) > len(NAMES) or sum(info.file_size for info in infos) > MOST_BYTES:
                 raise EvidenceError(f"{where} holds more than evidence can", "Do not use it")
             for info in infos:
+                if info.filename.endswith(".json") and info.file_size > MOST_DOCUMENT_BYTES:
+                    raise EvidenceError(f"{where} holds more than evidence can", "Do not use it")
                 if info.filename not in NAMES or info.filename in files:
                     name = re.sub(r"[^A-Za-z0-9._/-]", "?", info.filename)[:80]
                     raise EvidenceError(f"{where} holds {name!r}, which no evidence does, or twice", "Do not use it")
@@ -219,4 +271,5 @@ def _unzip(data: bytes, where: str) -> dict[str, bytes]:
                     raise EvidenceError(f"{where}: {info.filename} is not as long as the archive says", "Do not use it")
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise EvidenceError(f"{where} is no whole zip file ({error})", "Fetch it again") from None
+    _fits(files, where)
     return files

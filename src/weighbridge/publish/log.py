@@ -6,6 +6,7 @@ of an earlier head sees whether what they saw then still stands.
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -82,7 +83,8 @@ def _entry(line: bytes, where: str) -> Entry:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the line"
-        raise EvidenceError(f"{where}: no entry of a log ({field}: {first['msg']})", _RESTORE) from None
+        said = re.sub(r"[^ -~]", "?", f"{field}: {first['msg']}")[:200]  # a stranger's words, on the way to a terminal
+        raise EvidenceError(f"{where}: no entry of a log ({said})", _RESTORE) from None
 
 
 def _fits(entry: Entry, before: list[Entry], where: str) -> None:
@@ -93,9 +95,16 @@ def _fits(entry: Entry, before: list[Entry], where: str) -> None:
         pointed = [entry.about, entry.report]
     else:
         return
+    slugs = {entry.slug} if isinstance(entry, ReportEntry) else set()
     for index in pointed:
-        if index is not None and (index >= len(before) or not isinstance(before[index], ReportEntry)):
+        if index is None:
+            continue
+        report = before[index] if 0 <= index < len(before) else None
+        if not isinstance(report, ReportEntry):
             raise EvidenceError(f"{where}: it points at line {index + 1}, where no report stands", _RESTORE)
+        slugs.add(report.slug)
+    if len(slugs) > 1:
+        raise EvidenceError(f"{where}: it points at a report of another endpoint", _RESTORE)
 
 
 class Appending:
@@ -119,7 +128,7 @@ class Appending:
 
     def write(self, path: Path) -> None:
         """Append what was added, synced; a line that a crash once cut short is taken off first."""
-        if not self._lines:
+        if not self._lines and (not path.exists() or path.stat().st_size == self._size):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("r+b" if path.exists() else "xb") as file:

@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 from weighbridge import __version__
 from weighbridge.attest import SignatureState, TrustedKey
 from weighbridge.audit import bundle_of, judge_run
-from weighbridge.canonical import sha256_hex
+from weighbridge.canonical import rounded, sha256_hex
 from weighbridge.errors import BundleError, EvidenceError, WeighbridgeError
+from weighbridge.fleet import night_of
 from weighbridge.publish.enter import EVIDENCE, REPORT
 from weighbridge.publish.entries import ReferenceEntry, ReportEntry, StatementEntry
 from weighbridge.publish.evidence import CONTROLS, JUDGED_TO, MANIFEST, MOST_BYTES, Evidence, read_evidence
@@ -88,13 +90,13 @@ def verify_report(path: Path, reference: str | None, log_file: Path | None, trus
     evidence = read_evidence(_bytes(archive), str(archive), trusted)
     plan, verdict = _record(evidence, archive)
     page = archive.with_name(REPORT)
-    if archive.name == EVIDENCE and page.exists() and page.read_bytes() != evidence.files.get(REPORT):
+    if archive.name == EVIDENCE and page.exists() and _bytes(page) != evidence.files.get(REPORT):
         raise EvidenceError(f"{page} is not the page that was sealed", "Believe the evidence; fetch the page again")
     judged, why = _judge_again(evidence, plan, reference)
-    log_file = log_file or _log_above(archive)
+    log_file = log_file or log_above(archive)
     if log_file is None:
         return Verified(evidence, verdict, plan, judged, why)
-    log = read_log(log_file)
+    log = _whole_log(log_file)
     signature = (
         verify_head(log_file.parent, log, trusted) if (log_file.parent / HEAD).exists() else SignatureState("unsigned")
     )
@@ -118,7 +120,7 @@ def verify_site(root: Path, trusted: list[TrustedKey]) -> VerifiedSite:
     EvidenceError
         If the log itself was changed, or its head is not of it.
     """
-    log = read_log(root / LOG)
+    log = _whole_log(root / LOG)
     found = VerifiedSite(log, verify_head(root, log, trusted))
     for entry in log.entries:
         try:
@@ -144,6 +146,14 @@ def _verify_entry(root: Path, entry: ReportEntry, trusted: list[TrustedKey]) -> 
     if _bytes(page) != evidence.files.get(REPORT):
         raise EvidenceError(f"{page} is not the page that was sealed", "Fetch it again")
     _same(entry, *_record(evidence, archive), archive)
+
+
+def _whole_log(path: Path) -> Log:
+    """A log as a reader gets it: what follows its last whole line was never entered."""
+    log = read_log(path)
+    if path.exists() and path.stat().st_size != log.size:
+        raise EvidenceError(f"{path} does not end with a whole line", "Fetch it again")
+    return log
 
 
 def _bytes(path: Path) -> bytes:
@@ -183,8 +193,37 @@ def _same(entry: ReportEntry, plan: Plan, verdict: Verdict, archive: Path) -> No
     is_so = (
         plan.run_id, plan.endpoint.name, plan.endpoint.model, plan.endpoint.base_url, verdict.verdict, plan.policy.id, plan.draw.commitment,
     )  # fmt: skip
-    if said != is_so or entry.axes != verdict.axes:
+    noise = verdict.effective_noise_nats
+    more_said = (
+        entry.claimed_precision, entry.created_at.isoformat(), entry.night, entry.weighbridge_version, entry.policy_version, entry.reference,
+        entry.pool, entry.log10_e_value, entry.noise_nats, entry.noise_low_nats, entry.noise_high_nats, entry.answers_used,
+        entry.requests_sent, entry.prompt_tokens, entry.completion_tokens, entry.cost_usd, entry.stopped_because,
+    )  # fmt: skip
+    created_at = _time(plan.created_at)
+    more_is_so = (
+        plan.endpoint.claimed_precision, created_at.isoformat() if created_at is not None else "", night_of(created_at) if created_at is not None else None,
+        verdict.weighbridge_version, plan.policy.version, plan.reference.digest if plan.reference is not None else None,
+        plan.pool.sha256 if plan.pool is not None else None, verdict.log10_e_value, noise.value if noise else None, noise.low if noise else None,
+        noise.high if noise else None, verdict.answers_used, verdict.requests_sent, verdict.prompt_tokens, verdict.completion_tokens,
+        verdict.cost_usd, verdict.stopped_because,
+    )  # fmt: skip
+    # What a fleet's night says of an endpoint is said by the log alone.
+    alone = entry.judged_together is not None or (entry.verdict, entry.cause, entry.sentence) == (
+        verdict.verdict, verdict.cause, verdict.sentence,
+    )  # fmt: skip
+    variant = verdict.exact_variant if entry.verdict.startswith("differs") else None
+    as_it_is = (
+        said == is_so and rounded([*more_said[3:]]) == rounded([*more_is_so[3:]]) and more_said[:3] == more_is_so[:3]
+    )
+    if not as_it_is or not alone or entry.axes != verdict.axes or entry.exact_variant != variant:
         raise EvidenceError(f"{archive}: line {entry.index + 1} of the log says something else of it", "Do not use it")
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
 
 
 def _judge_again(evidence: Evidence, plan: Plan, reference: str | None) -> tuple[Judged, str | None]:
@@ -200,7 +239,9 @@ def _judge_again(evidence: Evidence, plan: Plan, reference: str | None) -> tuple
         try:
             judge_run(RunFolder(folder), bundle)
         except WeighbridgeError as error:
-            raise EvidenceError(f"the evidence cannot be judged: {error.what}", "Do not use it") from None
+            # Names of a stranger's fields may stand in it.
+            what = "".join(c if c.isprintable() else "?" for c in error.what)
+            raise EvidenceError(f"the evidence cannot be judged: {what}", "Do not use it") from None
         names = [f"{place}{name}" for place in ("", *(f"{c}/" for c in CONTROLS)) for name in JUDGED_TO]
         others = [n for n in names if n in evidence.files and (folder / n).read_bytes() != evidence.files[n]]
     if not others:
@@ -219,7 +260,7 @@ def _reference(plan: Plan, given: str | None) -> Bundle | None:
     return bundle_of(plan.model_copy(update={"reference_path": None}), given)
 
 
-def _log_above(archive: Path) -> Path | None:
+def log_above(archive: Path) -> Path | None:
     """The log of the site in which a report lies: reports/ENDPOINT/NIGHT/evidence.zip."""
     parents = archive.resolve().parents
     found = parents[3] / LOG if len(parents) > 3 else None

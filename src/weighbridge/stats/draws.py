@@ -48,24 +48,57 @@ def at_temperature(cells_nats: Floats, temperature: float) -> Floats:
     return np.asarray(scaled - special.logsumexp(scaled, axis=1, keepdims=True))
 
 
-def cut_off(cells_nats: Floats, *, least_of_likeliest: float, listed_only: bool) -> Floats:
-    """The same distribution without what is unlikely.
+def truncated_log_likelihood(cells_nats: Floats, drawn: NDArray[np.int64], *, most_cut: float) -> Floats:
+    """The most that each draw can be worth under the list's own distribution where a server leaves out what is unlikely; shape (n,).
+
+    Servers do so unless they are told not to: by ``min_p``, the same for all draws and here the one under which they are likeliest, and by
+    ``top_k`` of at least the list's length. How much of what is not listed they keep is not known and another share at each place, so a
+    listed token is given the smallest total that it can have been drawn from, and one that is not listed the largest share.
 
     Parameters
     ----------
     cells_nats : float array, shape (n, k + 1)
         From `cell_logprobs`.
-    least_of_likeliest : float
-        Tokens with a smaller share of the likeliest one's probability are left out, as ``min_p`` does; 0 for none.
-    listed_only : bool
-        Whether what is not listed is left out, as a ``top_k`` of about the list's length does.
+    drawn : int array, shape (n,)
+        Cells, the last one for a token that is not listed.
+    most_cut : float
+        No token with a larger share of the likeliest one's probability is left out.
     """
-    likeliest = cells_nats[:, :-1].max(axis=1, keepdims=True)
-    kept = cells_nats >= likeliest + np.log(max(least_of_likeliest, _LEAST))
-    # What is not listed is many tokens, each less likely than the listed ones.
-    kept[:, -1] = not listed_only and least_of_likeliest == 0
-    cut = np.where(kept, cells_nats, -np.inf)
-    return np.asarray(cut - special.logsumexp(cut, axis=1, keepdims=True))
+    if drawn.size == 0:
+        return np.zeros(0)
+    # The more is cut, the likelier is what is left: up to the least likely token that was drawn all the same.
+    cut = min(
+        float(np.log(most_cut)), float(np.take_along_axis(_over_likeliest(cells_nats), drawn[:, None], axis=1).min())
+    )
+    worth = _worth_where_cut(cells_nats, np.full(cells_nats.shape, cut))
+    return np.asarray(np.maximum(np.take_along_axis(worth, drawn[:, None], axis=1)[:, 0], np.log(_LEAST)))
+
+
+def tells(cells_nats: Floats, other_nats: Floats, *, most_cut: float) -> NDArray[np.bool_]:
+    """At which places a draw from `other_nats` is expected to speak against every truncation of `cells_nats`; shape (n,).
+
+    Known before anything is drawn, so that bets may be placed there alone: where much is not listed, nearly every draw can come from some
+    truncation.
+    """
+    cuts = np.minimum(np.log(most_cut), _over_likeliest(cells_nats))
+    gain = other_nats - _worth_where_cut(cells_nats, cuts)
+    return np.asarray((np.exp(other_nats) * np.where(other_nats > np.log(_LEAST), gain, 0.0)).sum(axis=1) > 0)
+
+
+def _over_likeliest(cells_nats: Floats) -> Floats:
+    """Log of the largest share of the likeliest token's that a token of each cell can have; shape (n, k + 1)."""
+    listed = cells_nats[:, :-1]
+    least = np.where(np.isfinite(listed), listed, np.inf).min(axis=1, keepdims=True)
+    return np.asarray(np.concatenate([listed, least], axis=1) - listed.max(axis=1, keepdims=True))
+
+
+def _worth_where_cut(cells_nats: Floats, cuts: Floats) -> Floats:
+    """The largest logprob of each cell where tokens below its cut, a log share of the likeliest one's, are left out."""
+    listed, rest = cells_nats[:, :-1], cells_nats[:, -1:]
+    over = _over_likeliest(cells_nats)[:, :-1]
+    is_kept = over[:, None, :] >= cuts[:, :, None] - 1e-9
+    kept = special.logsumexp(np.where(is_kept, listed[:, None, :], -np.inf), axis=2)
+    return np.concatenate([listed - kept[:, :-1], rest - np.logaddexp(kept[:, -1:], rest)], axis=1)
 
 
 def log_likelihood(cells_nats: Floats, drawn: NDArray[np.int64]) -> Floats:

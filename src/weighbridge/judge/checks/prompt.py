@@ -118,7 +118,7 @@ def _other_rendering(
     record = reading.hypotheses[hypothesis]
     gain, low, n = reading.margin(hypothesis, 0)
     basis = [
-        f"{n} answers are nearer to it than to the official one, by a factor of {np.exp(gain):.2g}"
+        f"{n} answers are nearer to it than to the official one, by a factor of {float(f'{np.exp(gain):.2g}'):,g}"
         if np.isfinite(low)
         else ""
     ]

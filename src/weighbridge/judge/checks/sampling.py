@@ -15,10 +15,11 @@ from weighbridge.sampling import DISTINCT_COLD, HOT
 from weighbridge.stats.draws import (
     at_temperature,
     cell_logprobs,
-    cut_off,
     flip_log_e,
     log_likelihood,
+    tells,
     temperature_interval,
+    truncated_log_likelihood,
 )
 
 Floats = NDArray[np.float64]
@@ -26,8 +27,8 @@ Floats = NDArray[np.float64]
 SMALLEST_LEAD_NATS = 0.25
 HONEST_FLIPS = 0.002
 FLIP_SHARES = (0.05, 0.15, 0.4)
-# Shares of the likeliest token's probability below which servers leave tokens out by themselves.
-CUTS = (0.0, 0.01, 0.02, 0.05, 0.1)
+# The largest share of the likeliest token's probability below which servers leave tokens out by themselves (llama.cpp: 0.05).
+MOST_CUT = 0.1
 OTHER_TEMPERATURES = (0.05, 0.5, 0.7, 1.4, 2.0)
 DROP_NATS = 4.0  # of the log-likelihood: beyond it a temperature is not what was used
 MIN_DRAWS = 4
@@ -179,17 +180,15 @@ def _least_lead(case: Case) -> float:
 def _log_gains(warm: Draws) -> Floats:
     """Log e-values against "these tokens are drawn from the reported distributions", each of them betting on another temperature.
 
-    Servers cut off what is unlikely unless they are told not to, so the null is the likeliest of several ways of doing so.
+    Servers cut off what is unlikely unless they are told not to, so the null is the likeliest way of doing so.
     """
-    if warm.count == 0:
-        return np.zeros(len(OTHER_TEMPERATURES))
-    own = max(
-        float(log_likelihood(cut_off(warm.cells, least_of_likeliest=least, listed_only=listed), warm.drawn).sum())
-        for least in CUTS
-        for listed in (False, True)
-    )
-    others = [float(log_likelihood(at_temperature(warm.cells, t), warm.drawn).sum()) for t in OTHER_TEMPERATURES]
-    return np.array(others) - own
+    out = np.zeros(len(OTHER_TEMPERATURES))
+    for i, temperature in enumerate(OTHER_TEMPERATURES if warm.count else ()):
+        other = at_temperature(warm.cells, temperature)
+        bet = tells(warm.cells, other, most_cut=MOST_CUT)
+        own = truncated_log_likelihood(warm.cells[bet], warm.drawn[bet], most_cut=MOST_CUT)
+        out[i] = float((log_likelihood(other[bet], warm.drawn[bet]) - own).sum())
+    return out
 
 
 def _not_as_said(
