@@ -797,6 +797,21 @@ def test_a_hostile_value_in_any_place_is_no_fault_of_ours(
         assert ended.said.isprintable(), what
 
 
+def test_a_request_that_no_collector_sends_is_bad_input(
+    signed: Path, verify: Callable[..., Ended], tmp_path: Path
+) -> None:
+    files = unpacked(report_of(signed) / "evidence.zip")
+    lines = [json.loads(line) for line in files["exchanges.jsonl"].splitlines()]
+    for line in lines:
+        if line["event"] == "sent" and "max_tokens" in line["body"]:
+            line["body"]["max_tokens"] = ["x"]
+    held = files | {"exchanges.jsonl": b"".join(json.dumps(line).encode() + b"\n" for line in lines)}
+    alone = tmp_path / "alone.zip"
+    alone.write_bytes(resealed(held, None))
+    ended = verify(alone)
+    assert (ended.code, "cannot be judged (TypeError)" in ended.err) == (CHANGED, True)
+
+
 def test_a_statement_that_says_anything_is_shown_as_json(
     signed: Path, verify: Callable[..., Ended], stranger: Path, tmp_path: Path
 ) -> None:
@@ -1090,6 +1105,7 @@ def test_a_crash_at_any_file_is_mended_by_the_next_publish(
     with monkeypatch.context() as patch:
         for module in ("enter", "log"):
             patch.setattr(f"weighbridge.publish.{module}.write_atomically", failing)
+        patch.setattr("weighbridge.publish.enter._write", failing)
         if how == "killed":
             patch.setattr("weighbridge.publish.log.Appending.write", killed)
             with pytest.raises(Killed):

@@ -34,13 +34,9 @@ from weighbridge.records import (
     AXES,
     Capability,
     Cause,
-    Draw,
     Effect,
-    Endpoint,
-    Estimate,
     Finding,
     Findings,
-    Plan,
     Verdict,
     VerdictWord,
 )
@@ -74,7 +70,7 @@ def report(
     facts: dict[str, Any] = {
         "endpoint": f"Endpoint {slug}", "slug": slug, "base_url": "https://api.example.com/v1", "model": "a-model",
         "claimed_precision": None, "night": FIRST_NIGHT + timedelta(days=night), "created_at": at(night), "run_id": digest[:16],
-        "weighbridge_version": "0.1.0", "policy": "strict", "policy_version": 1, "reference": None, "pool": None,
+        "weighbridge_version": "0.1.0", "policy": "strict", "policy_version": 1, "level": "L3", "reference": None, "pool": None,
         "commitment": digest, "verdict": word, "cause": cause, "exact_variant": None, "alone": word, "judged_together": 2,
         "sentence": f"What the evidence says of {slug}.", "axes": dict.fromkeys(AXES, "consistent"), "log10_e_value": -0.0,
         "noise_nats": 0.0131655, "noise_low_nats": 1.5e-5, "noise_high_nats": 2.0, "answers_used": 20, "requests_sent": 55,
@@ -101,15 +97,8 @@ def evidence_of(entry: ReportEntry) -> Latest:
     capability = Capability(
         reachable=True, top_logprobs=20, temperature_regime="before_temperature", usage_reported=True
     )
-    plan = Plan(
-        weighbridge_version="0.1.0", run_id=entry.run_id, created_at=entry.created_at.isoformat(),
-        endpoint=Endpoint(name=entry.endpoint, base_url=entry.base_url, model=entry.model), policy=load_policy("strict"),
-        reference=None, reference_path=None, pool=None, draw=Draw(seed="a seed", commitment=entry.commitment),
-        capability_requests=[], probe_requests=[],
-        estimate=Estimate(requests=60, prompt_tokens=1000, completion_tokens=60, cost_usd=None, price_source="none"),
-    )  # fmt: skip
     findings = Findings(weighbridge_version="0.1.0", capability=capability, findings=[finding])
-    return Latest(findings, verdict, plan, committed_before=True)
+    return Latest(findings, verdict, committed_before=True)
 
 
 def page_of(slug: str, log: Appending) -> EndpointPage:

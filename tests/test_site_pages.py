@@ -34,16 +34,11 @@ from weighbridge.publish.log import Log
 from weighbridge.publish.pages import https_only, markdown_text, pages
 from weighbridge.publish.site import EndpointPage, Latest, MethodPage, ModelPage, Settings, Site
 from weighbridge.records import (
-    BundleIdentity,
     Capability,
     Cause,
-    Draw,
     Effect,
-    Endpoint,
-    Estimate,
     Finding,
     Findings,
-    Plan,
     Verdict,
     VerdictWord,
 )
@@ -74,7 +69,7 @@ def report(index: int, text: str = "plain", **changed: Any) -> ReportEntry:
         {
             "index": index, "previous": SHA, "at": NOW, "endpoint": text[:120], "slug": "host-a", "base_url": text, "model": text,
             "claimed_precision": text, "night": date(2026, 11, 22), "created_at": NOW, "run_id": text, "weighbridge_version": "0.1.0",
-            "policy": "strict", "policy_version": 4, "reference": SHA, "pool": SHA, "commitment": SHA, "verdict": "differs", "cause": "precision",
+            "policy": "strict", "policy_version": 4, "level": "L3", "reference": SHA, "pool": SHA, "commitment": SHA, "verdict": "differs", "cause": "precision",
             "exact_variant": text, "alone": "differs", "judged_together": 20, "sentence": text, "axes": {"weights": "inconsistent", "route": "error"},
             "log10_e_value": 4.2, "noise_nats": 0.1, "noise_low_nats": 0.08, "noise_high_nats": 0.12, "answers_used": 20, "requests_sent": 55,
             "errors": 1, "prompt_tokens": 3000, "completion_tokens": 300, "cost_usd": 0.0012, "latency_s": 0.3, "first_token_s": 0.5,
@@ -99,15 +94,9 @@ def latest(text: str = "plain", *, measured: bool = True) -> Latest:
         not_excluded=[text], excluded=[text, "nf4-g64"], sentence=text, error_rate=text, effective_noise_nats=None, answers_used=20, requests_sent=55,
         prompt_tokens=1, completion_tokens=1, cost_usd=None, stopped_because=text, endpoint_refused=False, observations_sha256=SHA,
     )  # fmt: skip
-    plan = Plan(
-        weighbridge_version="0.1.0", run_id=text, created_at=text, endpoint=Endpoint(name=text[:120], base_url="https://host.example/v1", model=text[:300]),
-        policy=load_policy("strict"), reference=BundleIdentity(id="b", digest=SHA) if measured else None, reference_path=None, pool=None,
-        draw=Draw(seed=text, commitment=SHA), capability_requests=[], probe_requests=[],
-        estimate=Estimate(requests=1, prompt_tokens=1, completion_tokens=1, cost_usd=None, price_source=text),
-    )  # fmt: skip
     capability = Capability(reachable=True, top_logprobs=20, temperature_regime="unknown", usage_reported=True)
     return Latest(
-        Findings(weighbridge_version="0.1.0", capability=capability, findings=[weights, share]), verdict, plan, False
+        Findings(weighbridge_version="0.1.0", capability=capability, findings=[weights, share]), verdict, False
     )
 
 

@@ -79,11 +79,10 @@ def publish_command(
         try:
             entered = enter_runs(whole, root, site, log, Terms(now, notice_days, key_file), _say)
         finally:
-            log.write(site / LOG)
-            if (site / LOG).exists():
-                write_head(site, read_log(site / LOG), key_file)
-        written, whole_log = _build(site, described, key_file, now)
-    _show_published(site, entered, written, whole_log, as_json)
+            entire = log.write(site / LOG)
+            write_head(site, entire, key_file)
+        written = _build(site, entire, described, key_file, now)
+    _show_published(site, entered, written, entire, as_json)
     return 0
 
 
@@ -132,8 +131,9 @@ def dispute_command(
             first = error.errors(include_url=False, include_input=False)[0]
             where = str(first["loc"][0]) if first["loc"] else "it"
             raise ConfigurationError(f"the statement's {where}: {first['msg']}", "Correct it and run again") from None
-        log.write(site / LOG)
-        _build(site, described, key_file, now)
+        entire = log.write(site / LOG)
+        write_head(site, entire, key_file)
+        _build(site, entire, described, key_file, now)
     if as_json:
         print_json({"schema": "weighbridge/entered/1", "entry": entry.model_dump(mode="json")}, ascii_only=True)
     else:
@@ -182,8 +182,7 @@ def enter_draws(site: Path, night: Path, key_file: Path | None) -> None:
         _same_signer(site, before, key_file)
         log = Appending(before)
         commit_night(log, read_json(Night, night / NIGHT), datetime.now(UTC).replace(microsecond=0))
-        log.write(site / LOG)
-        write_head(site, read_log(site / LOG), key_file)
+        write_head(site, log.write(site / LOG), key_file)
 
 
 def _show_published(site: Path, entered: Entered, written: int, log: Log, as_json: bool) -> None:
@@ -298,12 +297,10 @@ def _disclose(log: Appending, pool: str, now: datetime) -> None:
     log.add(DisclosedEntry, now, pool=pool, sha256=pool)
 
 
-def _build(site: Path, described: SiteFile, key_file: Path | None, now: datetime) -> tuple[int, Log]:
-    log = read_log(site / LOG)
-    write_head(site, log, key_file)
+def _build(site: Path, log: Log, described: SiteFile, key_file: Path | None, now: datetime) -> int:
     signer = public_key_of(key_file) if key_file is not None else None
     settings = Settings(described.title, described.base_url, described.contact, signer, now.date())
-    return build_site(site, load_site(site, log, settings)), log
+    return build_site(site, load_site(site, log, settings))
 
 
 def _same_signer(site: Path, log: Log, key_file: Path | None) -> None:

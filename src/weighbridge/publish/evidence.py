@@ -78,7 +78,7 @@ def seal(folder: Path, manifest: bytes | None, key_file: Path | None) -> bytes:
     """
     files: dict[str, bytes] = {}
     redactions: list[dict[str, str]] = []
-    model = ""
+    plans: dict[str, Plan] = {}
     for place in ("", *CONTROLS):
         if place and not (folder / place).is_dir():
             continue
@@ -87,17 +87,16 @@ def seal(folder: Path, manifest: bytes | None, key_file: Path | None) -> bytes:
             data = _file(folder / full)
             shown, what = data, None
             if name == "plan.json":
-                shown, what = _public_plan(data)
-                model = Plan.model_validate_json(data).endpoint.model
+                plans[place], shown, what = _public_plan(data)
             elif name == "exchanges.jsonl":
-                shown, what = _public_exchanges(data, model)
+                shown, what = _public_exchanges(data, plans[place].endpoint.model)
             files[full] = shown
             if what is not None:
                 redactions.append({"file": full, "sha256_before": sha256_hex(data), "taken_out": what})
     if manifest is not None:
         files[MANIFEST] = manifest
     _fits(files, str(folder))
-    plan = Plan.model_validate_json(files["plan.json"])
+    plan = plans[""]
     verdict = Verdict.model_validate_json(files["verdict.json"])
     # Pages are made of these: what cannot be shown is not entered.
     Findings.model_validate_json(files["findings.json"])
@@ -174,8 +173,8 @@ def _file(path: Path) -> bytes:
         ) from None
 
 
-def _public_plan(data: bytes) -> tuple[bytes, str | None]:
-    """A plan as it is published, and what was taken out of it."""
+def _public_plan(data: bytes) -> tuple[Plan, bytes, str | None]:
+    """A plan as it is published, its bytes, and what was taken out of it."""
     plan = Plan.model_validate_json(data)
     given = plan.endpoint
     named = plan.reference.id if plan.reference is not None else "not at hand"
@@ -187,8 +186,8 @@ def _public_plan(data: bytes) -> tuple[bytes, str | None]:
     endpoint = given.model_copy(update=own)
     public = plan.model_copy(update={"reference_path": None, "endpoint": endpoint})
     if public == plan:
-        return data, None
-    return plan_bytes(public), "the paths of reference and policy, the name of the key's variable"
+        return plan, data, None
+    return public, plan_bytes(public), "the paths of reference and policy, the name of the key's variable"
 
 
 def _public_exchanges(data: bytes, model: str) -> tuple[bytes, str | None]:

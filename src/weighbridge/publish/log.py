@@ -126,10 +126,14 @@ class Appending:
         self._head = sha256_hex(line)
         return entered
 
-    def write(self, path: Path) -> None:
-        """Append what was added, synced; a line that a crash once cut short is taken off first."""
-        if not self._lines and (not path.exists() or path.stat().st_size == self._size):
-            return
+    def write(self, path: Path) -> Log:
+        """Append what was added, synced, and return the log as it then is; a line that a crash once cut short is taken off first."""
+        if self._lines or (path.exists() and path.stat().st_size != self._size):
+            self._append(path)
+        data = path.read_bytes() if path.exists() else b""
+        return Log(tuple(self.entries), self._head, sha256_hex(data), len(data))
+
+    def _append(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("r+b" if path.exists() else "xb") as file:
             file.truncate(self._size)

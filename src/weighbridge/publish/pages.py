@@ -6,7 +6,7 @@ what this module and `charts` made of numbers, dates and escaped text is let thr
 
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date
 from functools import lru_cache
@@ -21,7 +21,7 @@ from weighbridge.paths import data_path
 from weighbridge.publish.charts import Guide, Point, distance_chart, glyph, line_chart, number, strip, trusted
 from weighbridge.publish.entries import ReportEntry, StatementEntry
 from weighbridge.publish.site import EndpointPage, MethodPage, ModelPage, Site
-from weighbridge.records import AXES, Effect, Finding, Policy, VerdictWord
+from weighbridge.records import AXES, Axis, Effect, Finding, Policy, VerdictWord
 from weighbridge.report.html import MARKS
 
 WORDS: dict[VerdictWord, str] = {
@@ -134,6 +134,11 @@ class _Book:
         }
         self.policies = {(m.entry.policy.id, m.entry.policy.version): m.entry.policy for m in site.methods}
 
+    def requires(self, report: ReportEntry) -> list[Axis]:
+        """The axes that the policy of a report requires."""
+        policy = self.policies.get((report.policy, report.policy_version))
+        return [] if policy is None else policy.requires
+
     def method(self, report: ReportEntry) -> str | None:
         """The folder of the method by which a report was judged."""
         return self.method_slugs.get((report.weighbridge_version, report.policy, report.policy_version))
@@ -190,7 +195,11 @@ def _environment(**how: Any) -> jinja2.Environment:
 
 
 def _number(value: float | None) -> Markup:
-    return trusted("–" if value is None else number(value))
+    return trusted(_plain(value))
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else number(value)
 
 
 def _counted(count: int, what: str) -> str:
@@ -262,7 +271,7 @@ def _row(page: EndpointPage, least: float, most: float) -> dict[str, Any]:
     return {
         "page": page, "report": report, "mark": MARKS[report.verdict], "words": WORDS[report.verdict], "cause": _cause(report),
         "strip": strip(_point(report), _limit(page), least, most) if report.noise_nats else None,
-        "interval": _interval(report), "level": page.evidence.plan.level, "nights": _standing(page),
+        "interval": _interval(report), "level": report.level, "nights": _standing(page),
         "dispute": _dispute(page),
         "corrected": any(s.what == "correction" for s in page.statements),
     }  # fmt: skip
@@ -340,9 +349,9 @@ def _endpoint(book: _Book, page: EndpointPage) -> dict[str, Any]:
         [_point(r) for r in page.nights], limit, guides, [date.fromisoformat(c.began) for c in page.changes]
     )
     return {
-        "page": page, "report": report, "verdict": verdict, "plan": page.evidence.plan, "mark": MARKS[report.verdict], "word": WORDS[report.verdict],
+        "page": page, "report": report, "verdict": verdict, "mark": MARKS[report.verdict], "word": WORDS[report.verdict],
         "cause": _cause(report), "checks": checks, "open_checks": [c for c in checks if c.finding.outcome not in ("consistent", "inconsistent")],
-        "axes": [(axis, _AXIS_ASKS[axis], report.axes.get(axis)) for axis in AXES], "requires": page.evidence.plan.policy.requires,
+        "axes": [(axis, _AXIS_ASKS[axis], report.axes.get(axis)) for axis in AXES], "requires": book.requires(report),
         "chart": chart, "limit": limit, "guides": guides, "undrawn": sum(not r.noise_nats for r in page.nights),
         "night_rows": _night_rows(page.nights, root), "night_lines": _night_lines(page.nights, root),
         "speed_charts": _speed_charts(page.nights), "speed_rows": _speed_rows(page.nights), "speed_lines": _speed_lines(page.nights),
@@ -398,28 +407,32 @@ def _badge(base_url: str | None, slug: str) -> Markup:
 
 
 def _night_rows(nights: Sequence[ReportEntry], root: str) -> Markup:
-    rows = []
-    for r in reversed(nights):
-        cause = _cause(r)
-        interval = _interval(r)
-        rows.append(
-            f'<tr><th scope="row"><a href="{root}{r.folder}/report.html">{r.night}</a></th>'
-            f"<td>{MARKS[r.verdict]} {WORDS[r.verdict]}{': ' + escape(printable(cause)) if cause is not None else ''}</td>"
-            f'<td class="number">{_number(r.noise_nats)}</td><td class="number">{interval}</td><td class="number">{r.answers_used}</td>'
-            f'<td><a href="{root}{r.folder}/evidence.zip" aria-label="evidence.zip of {r.night}">evidence.zip</a></td></tr>'
+    said = {(r.verdict, r.cause, r.exact_variant): escape(_said(r)) for r in nights}
+    return trusted(
+        "\n".join(
+            f'<tr><th scope="row"><a href="{root}{(folder := r.folder)}/report.html">{r.night}</a></th>'
+            f"<td>{said[r.verdict, r.cause, r.exact_variant]}</td>"
+            f'<td class="number">{_plain(r.noise_nats)}</td><td class="number">{_interval(r)}</td><td class="number">{r.answers_used}</td>'
+            f'<td><a href="{root}{folder}/evidence.zip" aria-label="evidence.zip of {r.night}">evidence.zip</a></td></tr>'
+            for r in reversed(nights)
         )
-    return trusted("\n".join(rows))
+    )
 
 
 def _night_lines(nights: Sequence[ReportEntry], root: str) -> Markup:
-    lines = []
-    for r in reversed(nights):
-        cause = _cause(r)
-        lines.append(
-            f"| [{r.night}]({root}{r.folder}/report.html) | {MARKS[r.verdict]} {WORDS[r.verdict]}{': ' + markdown_text(cause) if cause is not None else ''} "
-            f"| {_number(r.noise_nats)} | {_interval(r)} | {r.answers_used} | [evidence.zip]({root}{r.folder}/evidence.zip) |"
+    said = {(r.verdict, r.cause, r.exact_variant): markdown_text(_said(r)) for r in nights}
+    return trusted(
+        "\n".join(
+            f"| [{r.night}]({root}{(folder := r.folder)}/report.html) | {said[r.verdict, r.cause, r.exact_variant]} "
+            f"| {_plain(r.noise_nats)} | {_interval(r)} | {r.answers_used} | [evidence.zip]({root}{folder}/evidence.zip) |"
+            for r in reversed(nights)
         )
-    return trusted("\n".join(lines))
+    )
+
+
+def _said(report: ReportEntry) -> str:
+    cause = _cause(report)
+    return f"{MARKS[report.verdict]} {WORDS[report.verdict]}" + (f": {printable(cause)}" if cause is not None else "")
 
 
 def _interval(report: ReportEntry) -> str:
@@ -428,26 +441,23 @@ def _interval(report: ReportEntry) -> str:
     return f"{number(report.noise_low_nats)} to {number(report.noise_high_nats)}"
 
 
-def _speed_cells(nights: Sequence[ReportEntry]) -> Iterable[tuple[str, ...]]:
-    for r in reversed(nights):
-        yield (
-            _number(r.latency_s), _number(r.first_token_s), _number(r.tokens_per_s), f"{r.errors} of {r.requests_sent}",
-        )  # fmt: skip
-
-
 def _speed_rows(nights: Sequence[ReportEntry]) -> Markup:
-    rows = (
-        f'<tr><th scope="row">{r.night}</th>{"".join(f"""<td class="number">{cell}</td>""" for cell in cells)}</tr>'
-        for r, cells in zip(reversed(nights), _speed_cells(nights), strict=True)
+    return trusted(
+        "\n".join(
+            f'<tr><th scope="row">{r.night}</th><td class="number">{_plain(r.latency_s)}</td><td class="number">{_plain(r.first_token_s)}</td>'
+            f'<td class="number">{_plain(r.tokens_per_s)}</td><td class="number">{r.errors} of {r.requests_sent}</td></tr>'
+            for r in reversed(nights)
+        )
     )
-    return trusted("\n".join(rows))
 
 
 def _speed_lines(nights: Sequence[ReportEntry]) -> Markup:
-    lines = (
-        f"| {r.night} | {' | '.join(cells)} |" for r, cells in zip(reversed(nights), _speed_cells(nights), strict=True)
+    return trusted(
+        "\n".join(
+            f"| {r.night} | {_plain(r.latency_s)} | {_plain(r.first_token_s)} | {_plain(r.tokens_per_s)} | {r.errors} of {r.requests_sent} |"
+            for r in reversed(nights)
+        )
     )
-    return trusted("\n".join(lines))
 
 
 def _speed_charts(nights: Sequence[ReportEntry]) -> list[Markup]:

@@ -25,7 +25,7 @@ from weighbridge.publish.entries import (
     StatementEntry,
 )
 from weighbridge.publish.log import Log
-from weighbridge.records import Findings, Plan, Record, Verdict, read_toml
+from weighbridge.records import Findings, Record, Verdict, read_toml
 from weighbridge.reference.bundle import Manifest
 
 SITE_FILE = "site.toml"
@@ -74,7 +74,6 @@ class Latest:
 
     findings: Findings
     verdict: Verdict
-    plan: Plan
     committed_before: bool  # whether the draw's commitment is in the log, entered before the audit began
 
 
@@ -196,12 +195,12 @@ def _latest(root: Path, report: ReportEntry, committed_at: datetime | None) -> L
     path = root / report.folder / "evidence.zip"
     try:
         with zipfile.ZipFile(path) as archive:
-            findings, verdict, plan = (archive.read(f"{name}.json") for name in ("findings", "verdict", "plan"))
+            findings, verdict = (archive.read(f"{name}.json") for name in ("findings", "verdict"))
             with archive.open("exchanges.jsonl") as lines:
                 first = json.loads(lines.readline() or b"{}")
         began = datetime.fromisoformat(first["sent_at"]) if "sent_at" in first else None
         return Latest(
-            findings=Findings.model_validate_json(findings), verdict=Verdict.model_validate_json(verdict), plan=Plan.model_validate_json(plan),
+            findings=Findings.model_validate_json(findings), verdict=Verdict.model_validate_json(verdict),
             committed_before=committed_at is not None and began is not None and committed_at <= began,
         )  # fmt: skip
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile):

@@ -242,6 +242,9 @@ def _judge_again(evidence: Evidence, plan: Plan, reference: str | None) -> tuple
             # Names of a stranger's fields may stand in it.
             what = "".join(c if c.isprintable() else "?" for c in error.what)
             raise EvidenceError(f"the evidence cannot be judged: {what}", "Do not use it") from None
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # What no collector writes, nothing that judges is prepared for.
+            raise EvidenceError(f"the evidence cannot be judged ({type(error).__name__})", "Do not use it") from None
         names = [f"{place}{name}" for place in ("", *(f"{c}/" for c in CONTROLS)) for name in JUDGED_TO]
         others = [n for n in names if n in evidence.files and (folder / n).read_bytes() != evidence.files[n]]
     if not others:

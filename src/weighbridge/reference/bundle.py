@@ -188,7 +188,7 @@ class Bundle:
     prompt_tokens: NDArray[np.int32]
     vocabulary: tuple[bytes, ...]
 
-    @property
+    @cached_property
     def identity(self) -> BundleIdentity:
         """Name and digest."""
         return BundleIdentity(id=self.manifest.id, digest=manifest_digest(self.manifest))
