@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from conftest import Weighbridge
 from weighbridge.demo import BUNDLE, DEMO_VARIANTS
 from weighbridge.judge.checks.weights import name_of
 from weighbridge.judge.library import build_library
@@ -93,3 +94,23 @@ def test_honest_weights_behind_a_recorded_hidden_prompt_are_judged_under_it(demo
 def test_every_run_has_its_reports(demo: tuple[dict[str, Any], Path], name: str) -> None:
     for file in ("report.html", "report.json", "junit.xml", "exchanges.jsonl", "plan.json"):
         assert (demo[1] / name / file).stat().st_size > 0
+
+
+def test_the_demo_is_published_and_a_stranger_judges_it_again_to_the_same_bytes(
+    demo: tuple[dict[str, Any], Path], weighbridge_cli: Weighbridge, tmp_path: Path
+) -> None:
+    """The third use on real evidence: a signed site, checked by somebody who has nothing but the site and the public key."""
+    key, site = tmp_path / "signer", tmp_path / "site"
+    assert weighbridge_cli("reference", "keygen", key).code == 0
+    published = weighbridge_cli("publish", "--runs", demo[1], "--out", site, "--key", key, "--notice-days", 0, "--json")
+    assert published.code == 0, published.err
+    said = {report["endpoint"]: report["verdict"] for report in json.loads(published.out)["reports"]}
+    expected = {f"lab {row['truth'].split(':')[1]}": row["verdict"] for row in demo[0]["results"]}
+    assert said == expected
+    assert weighbridge_cli("verify", site, "--trusted-key", f"{key}.pub").code == 0
+    folders = sorted(site.glob("reports/*/*"))
+    assert len(folders) == len(expected)
+    for folder in folders:
+        verified = weighbridge_cli("verify", folder, "--trusted-key", f"{key}.pub", "--json")
+        assert verified.code == 0, verified.err
+        assert json.loads(verified.out)["judged_again"] == "same"

@@ -5,7 +5,7 @@ A fake server answers here: these are forms and faults, and nothing is detected.
 - A log that was rolled back whole. An earlier log with its own signed head is as whole as it was then; only who kept a later head, or a
   report that is not in it, notices.
 - A publisher who recorded or re-signed something else from the start: a signature binds the signer, not the endpoint.
-- The pages around the evidence (index.html, feed.atom, badges, index.json): they are made from the log and are bound by nothing.
+- Whether the day was right as of which pages call a report old: it is read from index.json.
 - Verdicts of a fleet judged together: what the audit says alone is judged again, what the night says is only in the signed log.
 - What another version judged: it is said to be not judged again (exit 3), never to be right.
 - Speed and errors in the log: they are shown and never judged.
@@ -302,7 +302,24 @@ def test_a_published_report_is_whole_trusted_and_judged_to_the_same_bytes(
 def test_a_whole_site_is_as_its_log_says(signed: Path, verify: Callable[..., Ended]) -> None:
     ended = verify(signed)
     assert ended.code == WHOLE
-    assert "3 reports: as the log says; signed by An Auditor" in ended.said
+    assert "3 reports, 32 pages and documents: as the log says; signed by An Auditor" in ended.said
+
+
+def test_every_page_and_document_that_was_changed_is_named(
+    signed: Path, weighbridge_cli: Weighbridge, verify: Callable[..., Ended]
+) -> None:
+    """They are made again from log and evidence; the key beside them is none that a reader trusts."""
+    own = {
+        p for p in signed.rglob("*") if p.is_file() and p.relative_to(signed).parts[0] not in ("reports", "references", LOG, HEAD)
+    }  # fmt: skip
+    assert len(own) == 32
+    for path in sorted(own):
+        data = path.read_bytes()
+        path.write_bytes(one_byte_changed(data))
+        ended = verify(signed)
+        assert (ended.code, path.name in ended.said) == (CHANGED, True), path
+        path.write_bytes(data)
+    assert verify(signed).code == WHOLE
 
 
 def test_who_is_not_trusted_is_named_and_is_no_success(
@@ -516,7 +533,8 @@ def test_a_log_that_was_rolled_back_is_seen_with_the_later_head_or_by_who_holds_
     (site / HEAD).write_bytes(earlier[HEAD])
     ended = verify(report_of(site, FAR))
     assert (ended.code, "no report there has its digest" in ended.err) == (CHANGED, True)
-    assert verify(site).code == WHOLE
+    ended = verify(site)
+    assert (ended.code, "lacks lines that the pages were made from" in ended.out) == (CHANGED, True)
 
 
 def test_a_changed_reference_is_named(signed: Path, verify: Callable[..., Ended]) -> None:
@@ -596,7 +614,10 @@ def test_another_judgement_that_its_signer_sealed_comes_out_otherwise(
         verdict["observations_sha256"] = sha256_hex(observations)
         changed["verdict__json"] = canonical_bytes(verdict) + b"\n"
     folder = reseal_in_site(signed, PLAIN, key, **changed)
-    assert verify(signed).code == WHOLE, "nothing is judged again of a whole site"
+    ended = verify(signed)
+    assert (ended.code, "is not what the log and the evidence say" in ended.out) == (CHANGED, True), (
+        "pages are of another"
+    )
     ended = verify(folder, "--json")
     assert (ended.code, said_json(ended)["judged_again"]) == (OTHERWISE, "other")
     assert name in said_json(ended)["why"]

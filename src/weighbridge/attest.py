@@ -226,11 +226,16 @@ def verify_statement(envelope: object, trusted: list[TrustedKey]) -> tuple[Signa
 def public_key_of(key_file: Path) -> TrustedKey:
     """The public key of a private key's file, called as the file beside it calls it."""
     raw = private_key(key_file).public_key().public_bytes_raw()
-    try:
-        known = _public_key(Path(f"{key_file}.pub").read_text("utf-8"))
-    except (OSError, UnicodeDecodeError):
-        known = None
+    known = public_key_in(Path(f"{key_file}.pub"))
     return known if known is not None and known.raw == raw else TrustedKey(raw, key_file.name)
+
+
+def public_key_in(path: Path) -> TrustedKey | None:
+    """The public key that a file of one line holds; None where it holds none."""
+    try:
+        return _public_key(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def trusted_keys(files: Iterable[Path]) -> list[TrustedKey]:

@@ -12,14 +12,14 @@ import click
 import filelock
 from pydantic import ValidationError
 
-from weighbridge.attest import SignatureState, public_key_of, trusted_keys
+from weighbridge.attest import SignatureState, public_key_in, public_key_of, trusted_keys
 from weighbridge.cli.common import json_option, print_json, talk
 from weighbridge.cli.reference_licence import plain
 from weighbridge.cli.reference_sign import trusted_key_option
 from weighbridge.errors import ConfigurationError, EvidenceError
 from weighbridge.history.index import opened, refresh, runs
 from weighbridge.nightly.collection import NIGHT, Night
-from weighbridge.publish.build import build_site
+from weighbridge.publish.build import SIGNER, build_site
 from weighbridge.publish.enter import EVIDENCE, NEEDED, Entered, Terms, commit_night, enter_runs
 from weighbridge.publish.entries import DisclosedEntry, ReportEntry, StatementEntry, StatementKind
 from weighbridge.publish.log import LOG, Appending, Log, read_log, write_head
@@ -213,7 +213,7 @@ def _show_site(found: VerifiedSite, as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                "schema": "weighbridge/site-verified/1", "whole": whole, "reports": found.reports, "entries": len(found.log.entries),
+                "schema": "weighbridge/site-verified/1", "whole": whole, "reports": found.reports, "pages": found.pages, "why": found.why, "entries": len(found.log.entries),
                 "head": found.log.head, "signature": _signature(found.signature), "problems": found.problems,
             },
             ascii_only=True,
@@ -222,7 +222,12 @@ def _show_site(found: VerifiedSite, as_json: bool) -> None:
     for problem in found.problems:
         click.echo(plain(problem))
     state = "as the log says" if whole else f"{len(found.problems)} not as the log says"
-    click.echo(plain(f"{len(found.log.entries)} lines, {found.reports} reports: {state}; {_signed(found.signature)}"))
+    pages = f"{found.pages} pages and documents" if found.pages is not None else "pages not compared"
+    click.echo(
+        plain(f"{len(found.log.entries)} lines, {found.reports} reports, {pages}: {state}; {_signed(found.signature)}")
+    )
+    if found.why is not None:
+        click.echo(plain(found.why))
 
 
 def _show_verified(found: Verified, as_json: bool) -> None:
@@ -305,11 +310,11 @@ def _build(site: Path, log: Log, described: SiteFile, key_file: Path | None, now
 
 def _same_signer(site: Path, log: Log, key_file: Path | None) -> None:
     """A site that was signed goes on being signed by the same key; another one would say so to every reader."""
-    path = site / "signer.pub"
+    path = site / SIGNER
     if not path.exists() or not log.entries:
         return
-    known = trusted_keys([path])
-    if key_file is None or public_key_of(key_file).raw not in {key.raw for key in known}:
+    known = public_key_in(path)
+    if key_file is None or known is None or public_key_of(key_file).raw != known.raw:
         raise ConfigurationError(
             f"{site} is signed by the key in {path}",
             "Give that key with --key; to change it, move signer.pub elsewhere first",

@@ -8,15 +8,22 @@ from weighbridge.publish.feed import feed
 from weighbridge.publish.pages import pages
 from weighbridge.publish.site import Site
 
+SIGNER = "signer.pub"
 
-def build_site(root: Path, site: Site) -> int:
-    """Write every page that is not as it should be; returns how many were written."""
+
+def files_of(site: Site) -> dict[str, bytes]:
+    """Every file of a site that is made from its log and evidence, by its path from the root."""
     files = {**pages(site), **documents(site), "feed.atom": feed(site)}
     files |= {f"endpoints/{page.slug}/badge.svg": badge(page) for page in site.endpoints}
     if site.settings.signer is not None:
-        files["signer.pub"] = site.settings.signer.line.encode()
+        files[SIGNER] = site.settings.signer.line.encode()
+    return files
+
+
+def build_site(root: Path, site: Site) -> int:
+    """Write every file that is not as it should be; returns how many were written."""
     written = 0
-    for name, data in sorted(files.items()):
+    for name, data in sorted(files_of(site).items()):
         path = root / name
         if not path.exists() or path.read_bytes() != data:
             _write(path, data)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from weighbridge import __version__
 from weighbridge.attest import TrustedKey
 from weighbridge.canonical import SIGNIFICANT_DIGITS, canonical_bytes, rounded
 from weighbridge.history.changes import Against, Change
@@ -108,6 +109,8 @@ class SiteIndex(Record):
 
     schema_: Literal["weighbridge/site-index/1"] = Field(default="weighbridge/site-index/1", alias="schema")
     title: str
+    weighbridge_version: str = Field(description="that made the pages; the same one makes them again to the same bytes")
+    made_on: date = Field(description="the day as of which reports are old or not")
     updated: datetime | None
     signer: Signer | None
     log: LogState
@@ -230,6 +233,8 @@ def _index(site: Site) -> SiteIndex:
     key = site.settings.signer
     return SiteIndex(
         title=site.settings.title,
+        weighbridge_version=__version__,
+        made_on=site.settings.today,
         updated=site.updated,
         signer=None if key is None else _signer(key),
         log=LogState(entries=len(site.log.entries), head=site.log.head, sha256=site.log.sha256),

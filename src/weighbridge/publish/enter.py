@@ -91,9 +91,9 @@ def enter_runs(
     state = _State.of(log)
     done = Entered()
     fresh = [run for run in runs if not state.knows(run)]
-    _commitments({(root / run["folder"]).parent for run in fresh}, log, terms)
     for run in fresh:
         _own_page(run["endpoint"], state)
+    _commitments({(root / run["folder"]).parent for run in fresh}, log, terms)
     with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
         for start in range(0, len(fresh), AT_ONCE):
             some = fresh[start : start + AT_ONCE]

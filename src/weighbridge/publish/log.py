@@ -75,6 +75,15 @@ def read_log(path: Path) -> Log:
     return Log(tuple(entries), previous, sha256_hex(whole), len(whole))
 
 
+def first_lines(path: Path, log: Log, count: int) -> Log:
+    """The log as it was after so many lines."""
+    if count == len(log.entries):
+        return log
+    lines = path.read_bytes().split(b"\n")[:count]
+    data = b"".join(line + b"\n" for line in lines)
+    return Log(log.entries[:count], sha256_hex(lines[-1]) if lines else FIRST, sha256_hex(data), len(data))
+
+
 def _entry(line: bytes, where: str) -> Entry:
     if len(line) > MOST_LINE_BYTES:
         raise EvidenceError(f"{where}: too long", _RESTORE)

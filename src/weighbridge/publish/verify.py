@@ -9,15 +9,18 @@ from typing import Literal
 from pydantic import ValidationError
 
 from weighbridge import __version__
-from weighbridge.attest import SignatureState, TrustedKey
+from weighbridge.attest import SignatureState, TrustedKey, public_key_in
 from weighbridge.audit import bundle_of, judge_run
 from weighbridge.canonical import rounded, sha256_hex
 from weighbridge.errors import BundleError, EvidenceError, WeighbridgeError
 from weighbridge.fleet import night_of
+from weighbridge.publish.build import SIGNER, files_of
+from weighbridge.publish.documents import SiteIndex
 from weighbridge.publish.enter import EVIDENCE, REPORT
 from weighbridge.publish.entries import ReferenceEntry, ReportEntry, StatementEntry
 from weighbridge.publish.evidence import CONTROLS, JUDGED_TO, MANIFEST, MOST_BYTES, Evidence, read_evidence
-from weighbridge.publish.log import HEAD, LOG, Log, read_log, verify_head
+from weighbridge.publish.log import HEAD, LOG, Log, first_lines, read_log, verify_head
+from weighbridge.publish.site import Settings, load_site, read_site_file
 from weighbridge.records import Plan, Verdict
 from weighbridge.reference.bundle import EMBEDDED, Bundle
 from weighbridge.store import RunFolder
@@ -54,11 +57,16 @@ class Verified:
 
 @dataclass
 class VerifiedSite:
-    """What is known of a whole site: its log, and which of its reports and references are as the log says."""
+    """What is known of a whole site: its log, and which of its reports, references and pages are as the log says.
+
+    ``pages`` is how many were made again and compared; None where ``why`` kept that from being done.
+    """
 
     log: Log
     signature: SignatureState
     reports: int = 0
+    pages: int | None = None
+    why: str | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -66,7 +74,7 @@ class VerifiedSite:
         """0: whole and signed by a trusted key; 2: something is not as the log says; 3: whole, by someone unknown."""
         if self.problems:
             return 2
-        return 0 if self.signature.state == "trusted" else 3
+        return 0 if self.signature.state == "trusted" and self.pages is not None else 3
 
 
 def verify_report(path: Path, reference: str | None, log_file: Path | None, trusted: list[TrustedKey]) -> Verified:
@@ -133,7 +141,44 @@ def verify_site(root: Path, trusted: list[TrustedKey]) -> VerifiedSite:
                     raise EvidenceError(f"{path} is not the reference that the log names", "Fetch it again")
         except EvidenceError as error:
             found.problems.append(str(error))
+    if not found.problems:
+        _verify_pages(root, found)
     return found
+
+
+def _verify_pages(root: Path, found: VerifiedSite) -> None:
+    """Make every page again, as of the day on which it was made, and hold it against the one that is there."""
+    if not found.reports and not (root / "index.json").exists():
+        found.pages = 0  # draws were entered, and nothing is said yet
+        return
+    try:
+        index = SiteIndex.model_validate_json(_bytes(root / "index.json"))
+    except ValidationError:
+        found.problems.append(f"{root / 'index.json'} is not as `publish` writes it. Fetch it again")
+        return
+    signer = public_key_in(root / SIGNER)
+    if index.weighbridge_version != __version__:
+        found.why = f"pages were made by version {index.weighbridge_version}; this is {__version__}, and makes others"
+        return
+    lines = index.log.entries
+    if lines > len(found.log.entries):
+        found.problems.append(
+            f"{root / LOG} lacks lines that the pages were made from: the pages know {lines}. Fetch it again"
+        )
+        return
+    if lines < len(found.log.entries):
+        found.why = f"pages are of the log's first {lines} lines; the next `publish` brings them up to date"
+    signers = {key.raw for key in found.signature.signers}
+    if signers and (signer is None or signer.raw not in signers):
+        found.problems.append(f"{root / SIGNER} is not the key that signed the log. Fetch it again")
+    described = read_site_file(root)
+    settings = Settings(described.title, described.base_url, described.contact, signer, index.made_on)
+    files = files_of(load_site(root, first_lines(root / LOG, found.log, lines), settings))
+    for name, data in sorted(files.items()):
+        path = root / name
+        if not path.exists() or _bytes(path) != data:
+            found.problems.append(f"{path} is not what the log and the evidence say. Fetch it again")
+    found.pages = len(files)
 
 
 def _verify_entry(root: Path, entry: ReportEntry, trusted: list[TrustedKey]) -> None:
