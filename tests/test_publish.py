@@ -39,9 +39,12 @@ from weighbridge.canonical import canonical_bytes, sha256_hex, write_atomically
 from weighbridge.dialects.routes import route_requests
 from weighbridge.paths import data_path
 from weighbridge.publish import enter
+from weighbridge.publish.enter import _is_sealed, _State
 from weighbridge.publish.entries import FIRST
 from weighbridge.publish.evidence import NAMES, REPORT_TYPE, STATEMENT, seal
-from weighbridge.publish.log import HEAD, HEAD_TYPE, LOG
+from weighbridge.publish.log import HEAD, HEAD_TYPE, LOG, Appending, read_log
+from weighbridge.reference.bundle import load_bundle
+from weighbridge.store import RunFolder
 
 WHOLE, OTHERWISE, CHANGED, UNKNOWN = range(4)
 A_FAULT_OF_OURS = 70
@@ -654,14 +657,14 @@ def test_a_reference_of_another_digest_judges_nothing(
     assert (ended.code, "not the one that this run was planned with" in ended.said) == (UNKNOWN, True)
 
 
-def other_bundle(folder: Path, visibility: str = "public") -> Path:
-    """The embedded bundle under another keeper, so that its digest and place are its own; its pool says whether it is sealed."""
+def other_bundle(folder: Path, visibility: str = "public", level: str = "L3") -> Path:
+    """The embedded bundle under another keeper, so that its digest and place are its own; the pool of a level says whether it is sealed."""
     bundle = folder / "bundles" / REFERENCE
     shutil.copytree(data_path(f"reference_outputs/{REFERENCE}"), bundle)
     manifest = json.loads((bundle / "manifest.json").read_bytes()) | {"keeper": "another"}
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     (bundle / "manifest.sig.json").unlink(missing_ok=True)
-    (pool,) = {p["id"] for p in manifest["pools"] if p["level"] == "L3" and p["rendering"] == "official"}
+    (pool,) = {p["id"] for p in manifest["pools"] if p["level"] == level and p["rendering"] == "official"}
     shutil.copytree(data_path(f"probes/{pool}"), bundle / "pools" / pool)
     description = (bundle / "pools" / pool / "pool.toml").read_text()
     assert 'visibility = "public"' in description
@@ -1010,6 +1013,18 @@ def test_a_sealed_pool_is_held_until_it_is_disclosed_and_its_host_has_its_notice
     assert "findings.json" not in ended.said, "what was taken out changes no finding"
     ended = verify(report_of(site, "sealed-host"))
     assert (ended.code, "the reference is not at hand" in ended.said) == (UNKNOWN, True)
+
+
+@pytest.mark.parametrize(
+    ("level", "visibility", "held"), [("L3", "sealed", True), ("prompt", "sealed", True), ("prompt", "public", False)]
+)
+def test_a_run_is_held_for_any_pool_that_is_sealed(
+    level: str, visibility: str, held: bool, root: Path, tmp_path: Path
+) -> None:
+    bundle = load_bundle(str(other_bundle(tmp_path / "keeper", visibility, level)))
+    plan = RunFolder(root / NIGHT / PLAIN).plan()
+    state = _State.of(Appending(read_log(tmp_path / "none")))
+    assert _is_sealed(plan, bundle, state) is held
 
 
 def test_nothing_of_the_auditors_own_is_in_any_file_and_the_judgement_is_the_same(

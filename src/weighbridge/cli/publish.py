@@ -183,6 +183,8 @@ def enter_draws(site: Path, night: Path, key_file: Path | None) -> None:
         log = Appending(before)
         commit_night(log, read_json(Night, night / NIGHT), datetime.now(UTC).replace(microsecond=0))
         write_head(site, log.write(site / LOG), key_file)
+        if key_file is not None:
+            (site / SIGNER).write_text(public_key_of(key_file).line, "utf-8")
 
 
 def _show_published(site: Path, entered: Entered, written: int, log: Log, as_json: bool) -> None:

@@ -21,6 +21,7 @@ from weighbridge.nightly.collection import NIGHT, Night
 from weighbridge.nightly.judgement import FLEET_NIGHT, FleetNight, FleetRow
 from weighbridge.nightly.schedule import bundle_at
 from weighbridge.plan import pool_of
+from weighbridge.probes import Level
 from weighbridge.publish.entries import (
     FIRST,
     CommitmentsEntry,
@@ -245,10 +246,14 @@ _SHOWN = date.min
 
 
 def _is_sealed(plan: Plan, bundle: Bundle | None, state: _State) -> bool:
-    """Whether a run shows probes that nobody but the auditor is to know."""
-    if bundle is None or plan.pool is None or plan.pool.sha256 in state.disclosed:
+    """Whether a run shows probes that nobody but the auditor is to know: those of the weights, or those of the prompt."""
+    if bundle is None:
         return False
-    return pool_of(bundle, plan.level).description.visibility == "sealed"
+    levels: tuple[Level, ...] = (plan.level, "prompt")
+    pools = [pool_of(bundle, level) for level in levels if bundle.pool_at(level) is not None]
+    return any(
+        pool.description.visibility == "sealed" and pool.identity.sha256 not in state.disclosed for pool in pools
+    )
 
 
 def _held_until(sealed: bool, word: str, digest: str, state: _State, terms: Terms) -> date | None:
