@@ -9,6 +9,7 @@ import click
 from weighbridge import __version__
 from weighbridge.cli.audit import audit_command
 from weighbridge.cli.demo import demo_command
+from weighbridge.cli.dispute import dispute_command
 from weighbridge.cli.doctor import doctor_command
 from weighbridge.cli.history import history_command
 from weighbridge.cli.lab import lab_group
@@ -16,10 +17,11 @@ from weighbridge.cli.nightly import merge_command, nightly_command
 from weighbridge.cli.plan import plan_command
 from weighbridge.cli.pool import pool_group
 from weighbridge.cli.power import power_command
-from weighbridge.cli.publish import dispute_command, publish_command, verify_command
+from weighbridge.cli.publish import publish_command
 from weighbridge.cli.reference import reference_group
 from weighbridge.cli.replay import replay_command
 from weighbridge.cli.resume import resume_command
+from weighbridge.cli.verify import verify_command
 from weighbridge.errors import WeighbridgeError
 
 
