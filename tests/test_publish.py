@@ -991,17 +991,18 @@ def test_a_sealed_pool_is_held_until_it_is_disclosed_and_its_host_has_its_notice
         assert ended.code == WHOLE, ended.said
         return said_json(ended)
 
-    assert publish()["held"] == [{"endpoint": "Sealed host", "until": None}]
-    assert publish()["held"] == [{"endpoint": "Sealed host", "until": None}]
+    held = {"endpoint": "Sealed host", "evidence": str(run / "evidence.zip")}
+    assert publish()["held"] == [held | {"until": None}]
+    assert publish()["held"] == [held | {"until": None}]
     shown = everything_in(site)
     assert plan["probe_requests"], "else there is nothing to be hidden"
     for text in [r["probe"]["messages"][-1]["content"] for r in plan["probe_requests"]]:
         assert json.dumps(text, ensure_ascii=False)[1:-1].encode() not in shown
     assert b"Sealed host" not in shown
     assert len([line for line in lines_of(site) if line["kind"] == "held"]) == 1
-    assert publish("--disclose", plan["pool"]["sha256"])["held"] == [{"endpoint": "Sealed host", "until": "2026-12-07"}]
+    assert publish("--disclose", plan["pool"]["sha256"])["held"] == [held | {"until": "2026-12-07"}]
     it_is(monkeypatch, NOON + timedelta(days=10))
-    assert publish()["held"] == [{"endpoint": "Sealed host", "until": "2026-12-07"}], "the notice runs once"
+    assert publish()["held"] == [held | {"until": "2026-12-07"}], "the notice runs once"
     it_is(monkeypatch, NOON + timedelta(days=14))
     assert [r["endpoint"] for r in publish()["reports"]] == ["Sealed host"]
     shown = everything_in(site)

@@ -96,7 +96,7 @@ def _show_published(site: Path, entered: Entered, written: int, log: Log, as_jso
             {
                 "schema": "weighbridge/published/1", "site": str(site), "entries": len(log.entries), "head": log.head, "files_written": written,
                 "reports": [{"endpoint": r.endpoint, "night": r.night.isoformat(), "verdict": r.verdict, "folder": r.folder} for r in entered.reports],
-                "held": [{"endpoint": name, "until": until.isoformat() if until else None} for name, until in entered.held],
+                "held": [{"endpoint": h.endpoint, "until": h.until.isoformat() if h.until else None, "evidence": str(h.evidence)} for h in entered.held],
                 "left_out": [{"endpoint": name, "why": why} for name, why in entered.left_out],
             },
             ascii_only=True,
@@ -105,9 +105,13 @@ def _show_published(site: Path, entered: Entered, written: int, log: Log, as_jso
     click.echo(
         f"{site}: {len(entered.reports)} reports entered, {written} files written, {len(log.entries)} lines in the log"
     )
-    for name, until in entered.held:
-        when = f"until {until}: tell the host now" if until is not None else "until its sealed pool is disclosed"
-        click.echo(plain(f"held back: {name}, {when}"))
+    for held in entered.held:
+        when = (
+            f"until {held.until}: tell the host now, with"
+            if held.until is not None
+            else "until its sealed pool is disclosed;"
+        )
+        click.echo(plain(f"held back: {held.endpoint}, {when} {held.evidence}"))
     for name, why in entered.left_out:
         click.echo(plain(f"left out: {name}: {why}"))
     click.echo(f"open {site / 'index.html'}")

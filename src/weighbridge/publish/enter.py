@@ -58,12 +58,21 @@ class Terms:
     key_file: Path | None = None
 
 
+@dataclass(frozen=True)
+class Held:
+    """A report that is not shown yet, until when (None: until its pool is disclosed), and where its evidence is for the host."""
+
+    endpoint: str
+    until: date | None
+    evidence: Path
+
+
 @dataclass
 class Entered:
     """What an update has done, for the person who runs it."""
 
     reports: list[ReportEntry] = field(default_factory=list)
-    held: list[tuple[str, date | None]] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -215,7 +224,7 @@ def _enter(sealed: _Sealed, site: Path, log: Appending, state: _State, terms: Te
             log.add(HeldEntry, terms.now, evidence_sha256=digest, until=until)
             state.held[digest] = until
         write_atomically(folder / EVIDENCE, data)
-        done.held.append((plan.endpoint.name, until))
+        done.held.append(Held(plan.endpoint.name, until, folder / EVIDENCE))
         return
     _method_and_reference(sealed, site, log, state, terms.now)
     said: dict[str, Any] = {
