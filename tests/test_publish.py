@@ -961,6 +961,19 @@ def test_what_differs_is_held_until_its_notice_is_over_and_nothing_of_it_is_show
     assert sha256_hex((report_of(site) / "evidence.zip").read_bytes()) == held["evidence_sha256"]
 
 
+def test_what_differs_by_itself_has_its_notice_where_a_fleets_night_does_not_let_it_be_named(
+    publish: Publish, root: Path, site: Path
+) -> None:
+    """Its evidence says so all the same."""
+    run = root / NIGHT / PLAIN
+    for name in ("verdict.json", "row.json"):
+        edit(run / name, verdict="differs", cause="precision")
+    night = json.loads((run.parent / "fleet.json").read_bytes())
+    assert {row["endpoint"]: row["verdict"] for row in night["endpoints"]}["Plain host"] == "inconclusive"
+    assert [held["endpoint"] for held in said_json(publish("--notice-days", 14, "--json"))["held"]] == ["Plain host"]
+    assert b"Plain host" not in everything_in(site)
+
+
 def sealed_runs(kept: Path, cli: Weighbridge) -> Path:
     """A judged run whose bundle lies in a folder of this machine and whose pool is sealed."""
     if not (kept / "sealed").exists():

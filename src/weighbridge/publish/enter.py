@@ -218,7 +218,9 @@ def _enter(sealed: _Sealed, site: Path, log: Appending, state: _State, terms: Te
             f"the night of {folder} was not judged yet", "Let `weighbridge nightly` end, then publish again"
         )
     word = verdict.verdict if named is None or named.verdict is None else named.verdict
-    until = _held_until(_is_sealed(plan, sealed.bundle, state), word, digest, state, terms)
+    # What an audit says by itself stands in its evidence, whatever a fleet's night lets be said of it.
+    differs = word.startswith("differs") or verdict.verdict.startswith("differs")
+    until = _held_until(_is_sealed(plan, sealed.bundle, state), differs, digest, state, terms)
     if until is not _SHOWN:
         if state.held.get(digest, _SHOWN) != until:
             log.add(HeldEntry, terms.now, evidence_sha256=digest, until=until)
@@ -265,11 +267,11 @@ def _is_sealed(plan: Plan, bundle: Bundle | None, state: _State) -> bool:
     )
 
 
-def _held_until(sealed: bool, word: str, digest: str, state: _State, terms: Terms) -> date | None:
+def _held_until(sealed: bool, differs: bool, digest: str, state: _State, terms: Terms) -> date | None:
     """Until when a report is not shown; `_SHOWN` where it may be."""
     if sealed:
         return None
-    if not word.startswith("differs") or terms.notice_days == 0:
+    if not differs or terms.notice_days == 0:
         return _SHOWN
     until = state.held.get(digest) or terms.now.date() + timedelta(days=terms.notice_days)
     return _SHOWN if until <= terms.now.date() else until
