@@ -970,7 +970,7 @@ def test_what_differs_by_itself_has_its_notice_where_a_fleets_night_does_not_let
         edit(run / name, verdict="differs", cause="precision")
     night = json.loads((run.parent / "fleet.json").read_bytes())
     assert {row["endpoint"]: row["verdict"] for row in night["endpoints"]}["Plain host"] == "inconclusive"
-    assert [held["endpoint"] for held in said_json(publish("--notice-days", 14, "--json"))["held"]] == ["Plain host"]
+    assert "Plain host" in {held["endpoint"] for held in said_json(publish("--notice-days", 14, "--json"))["held"]}
     assert b"Plain host" not in everything_in(site)
 
 
