@@ -395,6 +395,13 @@ def test_another_temperature_than_1_is_found_in_the_first_tokens(asked_as: float
     assert effect.low > 1 or effect.high < 1
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 8}, {"top_k": 20}, {"min_p": 0.1}, {"top_k": 8, "min_p": 0.05}], ids=repr)
+def test_a_host_that_cannot_be_told_to_leave_nothing_out_is_not_said_to_clamp(cut: dict[str, Any]) -> None:
+    """`top_k` and `min_p` are not OpenAI's: a host that ignores them leaves out what it always does."""
+    found = [check_sampling(case_of(Host(model=m, ignored=("top_k", "min_p"), **cut))) for m in range(12)]
+    assert not [f.summary for f in found if "temperature 2" in f.summary]
+
+
 def test_a_high_temperature_that_is_clamped_is_found() -> None:
     found = [check_sampling(case_of(Host(model=seed, max_temperature=1.0))) for seed in range(8)]
     clamped = [f for f in found if f.outcome == "inconsistent"]

@@ -1331,7 +1331,7 @@ def test_a_bad_site_file_is_one_line_that_names_file_and_field(
     assert sorted(tree(site)) == ["site.toml"]
 
 
-def test_a_disk_that_is_full_is_one_line(
+def test_no_space_left_is_one_line(
     publish: Publish, site: Path, monkeypatch: pytest.MonkeyPatch, verify: Callable[..., Ended]
 ) -> None:
     for where in ("weighbridge.publish.build._write", "weighbridge.publish.log.Appending.write", "pathlib.Path.mkdir"):

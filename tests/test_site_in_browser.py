@@ -11,7 +11,9 @@ with pytest.MonkeyPatch.context() as patch:
     from browser import BrowserError, Seen, find_chromium, look, malformed
 
 CHROMIUM = find_chromium()
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+in_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium, a package of the system that pip cannot install"
+)
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #222; --soft: #595959; }

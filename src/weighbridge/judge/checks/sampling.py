@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from weighbridge.judge.case import Case
-from weighbridge.judge.checks.parameters import is_cold_text
+from weighbridge.judge.checks.parameters import is_cold_text, treatments
 from weighbridge.records import Effect, Finding, Observation, TopToken
 from weighbridge.sampling import DISTINCT_COLD, HOT
 from weighbridge.stats.draws import (
@@ -87,7 +87,7 @@ def check_sampling(case: Case) -> Finding:
     repeats = is_cold_text(case, "cold-again")
     if max(log_flips, log_other) >= level:
         return _not_as_said(case, cold, warm, repeats, details, max(log_flips, log_other))
-    if hot.count >= MIN_DRAWS:
+    if hot.count >= MIN_DRAWS and _leaves_nothing_out(case):
         estimate, low, high = temperature_interval(hot.cells, hot.drawn, drop_nats=DROP_NATS)
         asked = HOT if case.capability.temperature_regime == "before_temperature" else 1.0
         if high < KNOWN_WITHIN * low:
@@ -169,6 +169,15 @@ def _draws_anew(case: Case) -> bool:
     """Whether two requests that differ in their seed alone gave two texts."""
     one, other = (case.sampling.get(name) for name in ("warm", "warm-new"))
     return one is not None and other is not None and bool(one.text) and bool(other.text) and one.text != other.text
+
+
+def _leaves_nothing_out(case: Case) -> bool:
+    """Whether a host that was told to leave nothing out knows the names by which it was.
+
+    They are not OpenAI's. A host that does not know them leaves out what it always does, and at temperature 2 that looks as a lower one.
+    """
+    found = treatments(case)
+    return found.get("top_k") == found.get("min_p") == "honoured"
 
 
 def _least_lead(case: Case) -> float:
