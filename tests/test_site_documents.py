@@ -147,7 +147,7 @@ def a_log() -> Appending:
     log.add(StatementEntry, at(4), about=wrong.index, what="dispute_opened", by="A host", text="Not so.\r\nTwice.")
     log.add(StatementEntry, at(5), about=again.index, what="correction", by="us", link="https://example.org/a?b=c&d=e")
     log.add(HeldEntry, at(6), evidence_sha256="3" * 64, until=None)
-    log.add(DisclosedEntry, at(6), pool="a-pool", sha256="4" * 64)
+    log.add(DisclosedEntry, at(6), sha256="4" * 64)
     return log
 
 

@@ -145,7 +145,7 @@ def site_of(endpoints: list[EndpointPage], text: str = "plain", *, reference: bo
         updated=NOW, endpoints=tuple(endpoints),
         models=tuple(ModelPage(f"model-{i}", name, tuple(own), references) for i, (name, own) in enumerate(sorted(by_model.items()))),
         methods=(MethodPage("0.1.0-strict-4", methods[0], len(reports)), MethodPage(slug_of(f"0.1.0-../../{text}-4"), methods[1], 0)),
-        disclosed=(DisclosedEntry(index=2, previous=SHA, at=NOW, pool=text, sha256=SHA),), run_length_nights=730.0,
+        disclosed=(DisclosedEntry(index=2, previous=SHA, at=NOW, sha256=SHA),), run_length_nights=730.0,
     )  # fmt: skip
 
 

@@ -45,7 +45,11 @@ site_option = click.option(
     "--notice-days", type=click.IntRange(0, 365), default=NOTICE_DAYS, show_default=True,
     help="How long anything that differs is held back, so that its host can be told first.",
 )  # fmt: skip
-@click.option("--disclose", metavar="POOL", help="Give up this sealed pool: reports that show its probes may be shown.")
+@click.option(
+    "--disclose",
+    metavar="SHA256",
+    help="Give up the sealed pool of this digest: reports that show its probes may be shown.",
+)
 @json_option
 def publish_command(
     site: Path, root: Path, key_file: Path | None, notice_days: int, disclose: str | None, as_json: bool
@@ -117,16 +121,13 @@ def _show_published(site: Path, entered: Entered, written: int, log: Log, as_jso
     click.echo(f"open {site / 'index.html'}")
 
 
-def _disclose(log: Appending, pool: str, now: datetime) -> None:
-    known = {e.pool for e in log.entries if isinstance(e, DisclosedEntry)}
-    if pool in known:
-        return
-    digest = re.fullmatch(r"[0-9a-f]{64}", pool)
-    if digest is None:
+def _disclose(log: Appending, sha256: str, now: datetime) -> None:
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise ConfigurationError(
-            f"--disclose {pool!r} is no pool's digest", "Give the SHA-256 that `plan` and report.json name"
+            f"--disclose {sha256!r} is no pool's digest", "Give the SHA-256 that plan.json and report.json name"
         )
-    log.add(DisclosedEntry, now, pool=pool, sha256=pool)
+    if all(e.sha256 != sha256 for e in log.entries if isinstance(e, DisclosedEntry)):
+        log.add(DisclosedEntry, now, sha256=sha256)
 
 
 def build(site: Path, log: Log, described: SiteFile, key_file: Path | None, moment: datetime) -> int:

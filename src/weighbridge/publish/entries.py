@@ -131,7 +131,6 @@ class DisclosedEntry(LogEntry):
     """A sealed pool that is given up: its probes may be shown, and no later draw from it counts as sealed."""
 
     kind: Literal["disclosed"] = "disclosed"
-    pool: str
     sha256: Sha256
 
 
