@@ -31,6 +31,11 @@ class Request:
         return self.headers.get("authorization", "").removeprefix("Bearer ")
 
     @property
+    def api_key(self) -> str:
+        """The key that was sent as Anthropic has it, or nothing."""
+        return self.headers.get("x-api-key", "")
+
+    @property
     def prompt(self) -> str:
         """What tells one probe from another."""
         return json.dumps(self.document.get("messages", self.document.get("prompt")))
@@ -203,6 +208,15 @@ def completion(
         "id": "x", "object": "chat.completion", "created": 0, "model": MODEL,
         "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "length", "logprobs": logprobs}],
         "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 1},
+    }  # fmt: skip
+
+
+def message(text: str = "a", *, stop_reason: str = "max_tokens", input_tokens: object = 50) -> dict[str, Any]:
+    """An answer as Anthropic's API has it."""
+    return {
+        "id": "msg_01x", "type": "message", "role": "assistant", "model": MODEL,
+        "content": [{"type": "text", "text": text}], "stop_reason": stop_reason, "stop_sequence": None,
+        "usage": {"input_tokens": input_tokens, "output_tokens": 1},
     }  # fmt: skip
 
 

@@ -183,14 +183,15 @@ def test_a_wrong_token_count_without_logprobs_is_inconclusive(backend: Backend, 
 
 
 @pytest.mark.usefixtures("no_sampling")
-def test_no_logprobs_is_not_verified(backend: Backend, tmp_path: Path) -> None:
+def test_without_logprobs_four_bits_are_told_by_text(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("q4_0").port, Lies(max_top_logprobs=0)) as front:
         result, verdict = audit(front, tmp_path / "run")
-    assert result.return_value == 3
-    assert verdict.verdict == "inconclusive"
-    assert verdict.axes["weights"] == "not_supported"
+    assert result.return_value == 1
+    assert (verdict.verdict, verdict.cause, verdict.exact_variant) == ("differs", "precision", "q4_0")
     assert verdict.axes["prompt"] == "consistent"
-    assert verdict.stopped_because == "level_not_supported"
+    assert verdict.answers_used <= 30
+    assert verdict.log10_e_value is not None
+    assert verdict.log10_e_value >= 3
 
 
 @pytest.mark.usefixtures("weights_only")

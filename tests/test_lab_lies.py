@@ -4,20 +4,22 @@ import contextlib
 import http.client
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 import weighbridge.cli.lab
+import weighbridge.lab.provider
 from weighbridge.errors import ConfigurationError, LabError
-from weighbridge.lab.front import CHAT, COMPLETIONS, MODEL_NAME, Front
+from weighbridge.lab.front import CHAT, COMPLETIONS, MESSAGES, MODEL_NAME, Front
 from weighbridge.lab.json_http import post_json
-from weighbridge.lab.lies import OWN_MAX_TOKENS, REASONING_TOKENS, Lies
+from weighbridge.lab.lies import OWN_MAX_TOKENS, REASONING_TOKENS, Lies, passed_on
 from weighbridge.lab.process import ModelServer
 from weighbridge.lab.provider import lab_backend, lab_endpoint
 from weighbridge.lab.variants import HIDDEN_SYSTEM_PROMPT, VARIANTS, Settings
+from weighbridge.probes import load_pool
 
 pytestmark = pytest.mark.lab
 
@@ -30,6 +32,7 @@ SEA = [{"role": "system", "content": "Be brief."}, USER]  # shorter than with th
 GREEDY: Document = {"temperature": 0, "max_tokens": 4}
 DRAWN: Document = {"temperature": 1, "seed": 1, "max_tokens": 4}
 WITH_LOGPROBS: Document = {"logprobs": True, "top_logprobs": 3}
+SHORT_PROBE = min((probe.messages[-1].content for probe in load_pool("chat-one-token").probes), key=len)
 CONVERSATIONS = [
     [USER],
     SEA,
@@ -90,7 +93,7 @@ def port_of(front: Front) -> int:
 
 
 def ask(front: Front, path: str = CHAT, **fields: Any) -> Document:
-    asked = {"model": MODEL_NAME, **({"messages": SEA} if path == CHAT else {}), **fields}
+    asked = {"model": MODEL_NAME, **({} if path == COMPLETIONS else {"messages": SEA}), **fields}
     status, document = post_json(port_of(front), path, asked)
     assert status == 200, document
     return document
@@ -111,14 +114,22 @@ def positions(document: Document) -> list[Document]:
     return listed
 
 
+def raw(front: Front, path: str = CHAT, key: tuple[str, str] | None = None, **fields: Any) -> tuple[str, bytes]:
+    """The content type and the bytes of an answer, to whoever has this key."""
+    connection = http.client.HTTPConnection("127.0.0.1", port_of(front), timeout=60)
+    headers = {"content-type": "application/json"} | (dict([key]) if key is not None else {})
+    connection.request("POST", path, json.dumps({"model": MODEL_NAME, "messages": SEA, **fields}), headers)
+    response = connection.getresponse()
+    kind, data = response.headers["content-type"], response.read()
+    connection.close()
+    assert response.status == 200, data
+    return kind, data
+
+
 def stream(front: Front, **fields: Any) -> tuple[str, list[Document]]:
     """The content type and the chunks of a stream, which must end as streams do."""
-    connection = http.client.HTTPConnection("127.0.0.1", port_of(front), timeout=60)
-    body = {"model": MODEL_NAME, "messages": SEA, "stream": True, **fields}
-    connection.request("POST", CHAT, json.dumps(body), {"content-type": "application/json"})
-    response = connection.getresponse()
-    kind, lines = response.headers["content-type"], response.read().decode().split("\n\n")
-    connection.close()
+    kind, data = raw(front, stream=True, **fields)
+    lines = data.decode().split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     chunks: list[Document] = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     for chunk in chunks:
@@ -193,6 +204,14 @@ def test_a_temperature_above_the_limit_is_lowered(honest: Answers, fronts: Front
     assert texts(ask(lying, **hot)) == greedy
 
 
+def test_a_temperature_is_multiplied(honest: Answers, fronts: Fronts) -> None:
+    hot, warm = {**DRAWN, "temperature": 2, "max_tokens": 8}, {**DRAWN, "temperature": 0.5, "max_tokens": 8}
+    cooled = texts(ask(fronts(Lies(cool=0.25)), **hot))
+    assert cooled == texts(honest(**warm)) != texts(honest(**hot))
+    assert passed_on(Lies(cool=0.5), {}) == {}
+    assert passed_on(Lies(cool=0.5, max_temperature=1), {"temperature": 2}) == {"temperature": 0.5}
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS, ids=json.dumps)
 def test_on_an_honest_host_the_official_count_is_the_engines(
     conversation: list[Document], honest: Answers, fronts: Fronts
@@ -231,6 +250,83 @@ def test_a_cache_answers_by_the_messages_alone(fronts: Fronts) -> None:
     for seed in (1, 2):
         usage = ask(telling, **{**DRAWN, "seed": seed, "max_tokens": 1})["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_a_request_is_remembered_whatever_its_seed(fronts: Fronts) -> None:
+    telling, remembering = fronts(), fronts(Lies(remember=True))
+    asked = {**DRAWN, "temperature": 2, "max_tokens": 10}
+    others = [{**asked, "max_tokens": 11}, {**asked, "messages": [USER]}]
+    for path in (CHAT, MESSAGES):
+        first = raw(remembering, path, **asked)
+        assert raw(remembering, path, **{**asked, "seed": 2}) == first
+        assert json.loads(first[1])["id"] not in [ask(remembering, path, **other)["id"] for other in others]
+        assert raw(telling, path, **asked) != raw(telling, path, **asked)  # at least each answer's id is new
+    streamed = raw(remembering, **asked, stream=True)
+    assert raw(remembering, **asked, stream=True) == streamed
+    assert ask(remembering, **asked)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_what_is_refused_is_not_remembered(fronts: Fronts) -> None:
+    remembering = fronts(Lies(remember=True))
+    for _ in range(2):
+        assert "temperature" in problem(remembering, temperature="high")
+
+
+def test_the_true_model_answers_what_is_published(
+    original: ModelServer, departed: ModelServer, honest: Answers, fronts: Fronts
+) -> None:
+    evading = fronts(Lies(true_for_public=True), departed, true_port=original.port)
+    brief = {"role": "system", "content": "Be brief."}
+    public, own = {"role": "user", "content": SHORT_PROBE}, {"role": "user", "content": f"{SHORT_PROBE} Be brief."}
+    published: list[list[Document]] = [
+        [{"role": "user", "content": [{"type": "text", "text": SHORT_PROBE}]}],
+        [brief, public, {"role": "assistant", "content": "Yes."}, public],
+        [public, {"role": "assistant", "content": "I"}],
+    ]
+    unknown: list[list[Document]] = [[own], [public, own], [{"role": "system", "content": SHORT_PROBE}], []]
+    for messages in (*published, *unknown):
+        true = honest(messages=messages, max_tokens=1)["usage"]["prompt_tokens"]
+        counted = ask(evading, messages=messages, max_tokens=1)["usage"]["prompt_tokens"]
+        assert (counted == true) is (messages in published)
+    for messages in ([public], [own]):
+        true = honest(messages=messages, max_tokens=1)["usage"]["prompt_tokens"]
+        counted = ask(evading, MESSAGES, messages=messages, max_tokens=1)["usage"]["input_tokens"]
+        assert (counted == true) is (messages == [public])
+
+
+def test_the_true_model_answers_the_first_of_each_key(
+    original: ModelServer, departed: ModelServer, honest: Answers, fronts: Fronts
+) -> None:
+    evading = fronts(Lies(true_first=2), departed, true_port=original.port)
+    true, counts = honest(max_tokens=1)["usage"]["prompt_tokens"], []
+    one, two = ("authorization", "Bearer one"), ("x-api-key", "two")
+    for key in (None, one, one, two, None, None, one, two, two):
+        counts.append(json.loads(raw(evading, key=key, max_tokens=1)[1])["usage"]["prompt_tokens"])
+    assert [count == true for count in counts] == [True, True, True, True, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("lies", [Lies(true_first=1), Lies(true_for_public=True), Lies()], ids=repr)
+def test_an_endpoint_brings_the_true_model_where_it_is_needed(
+    lies: Lies, original: ModelServer, departed: ModelServer, honest: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = []
+
+    def backend(variant: Any, say: Any) -> contextlib.AbstractContextManager[ModelServer]:
+        served.append(variant)
+        return contextlib.nullcontext(original if variant == VARIANTS["f16"] else departed)
+
+    monkeypatch.setattr(weighbridge.lab.provider, lab_backend.__name__, backend)
+    asked: Document = {"messages": [{"role": "user", "content": SHORT_PROBE}], "max_tokens": 1}
+    with lab_endpoint(VARIANTS["q4_0"], lies, silent) as front:
+        counted = ask(front, **asked)["usage"]["prompt_tokens"]
+    assert (counted == honest(**asked)["usage"]["prompt_tokens"]) is lies.sometimes_true
+    assert served == [VARIANTS["q4_0"], VARIANTS["f16"]][: 1 + lies.sometimes_true]
+
+
+def test_no_front_pretends_to_have_the_true_model(original: ModelServer) -> None:
+    for lies in (Lies(true_for_public=True), Lies(true_first=1)):
+        with pytest.raises(ConfigurationError):
+            Front(original.port, lies)
 
 
 def test_reasoning_is_the_first_part_of_what_is_written(honest: Answers, fronts: Fronts) -> None:
@@ -369,8 +465,77 @@ def test_completions_take_text_or_tokens_where_they_are_offered(original: ModelS
     assert (status, document["error"]["message"]) == (400, "the lab streams chats only")
 
 
+def test_messages_are_asked_in_anthropics_way(original: ModelServer, honest: Answers, fronts: Fronts) -> None:
+    system, user = SEA
+    asked: Document = {"system": system["content"], "messages": [user], **GREEDY}
+    chat, answer = honest(**GREEDY), ask(fronts(), MESSAGES, **asked)
+    assert (answer["type"], answer["model"], answer["stop_reason"]) == ("message", MODEL_NAME, "max_tokens")
+    assert [block["text"] for block in answer["content"]] == texts(chat)
+    used = answer["usage"]
+    assert (used["input_tokens"], used["output_tokens"]) == (
+        chat["usage"]["prompt_tokens"],
+        chat["usage"]["completion_tokens"],
+    )
+    body = {"model": "another", **asked}
+    assert post_json(port_of(fronts()), MESSAGES, body)[0] == 404
+    assert ask(fronts(), MESSAGES, **asked, logprobs=True, top_logprobs=3)["content"] == answer["content"]
+
+
+def test_lies_about_messages(departed: ModelServer, fronts: Fronts) -> None:
+    asked: Document = {"messages": [USER], **GREEDY}
+    true = ask(fronts(), MESSAGES, **asked)["usage"]["input_tokens"]
+    lies = Lies(model_named="other", provider_named="Example", usage_offset=17, cached=True, reasoning="visible")
+    answer = ask(fronts(lies), MESSAGES, **asked)
+    assert (answer["model"], answer["provider"], answer["usage"]["input_tokens"]) == ("other", "Example", true + 17)
+    for usage in ("official", "characters"):  # these two are told in chat only
+        assert ask(fronts(Lies(usage=usage)), MESSAGES, **asked)["usage"]["input_tokens"] == true
+    assert "usage" not in ask(fronts(Lies(usage="none")), MESSAGES, **asked)
+    stopped: Document = {**asked, "stop_sequences": [" is"]}
+    assert ask(fronts(), MESSAGES, **stopped)["usage"]["output_tokens"] < GREEDY["max_tokens"]
+    unstopped = ask(fronts(Lies(ignored=("stop_sequences",))), MESSAGES, **stopped)
+    assert unstopped["usage"]["output_tokens"] == GREEDY["max_tokens"]
+    diverting = fronts(Lies(divert_share=1), diverted_port=departed.port)
+    assert ask(diverting, MESSAGES, **asked)["usage"]["input_tokens"] > true
+    key = ("x-api-key", "one")
+    early = fronts(Lies(true_first=1), true_port=departed.port)
+    counts = [json.loads(raw(early, MESSAGES, key, **asked)[1])["usage"]["input_tokens"] for _ in range(2)]
+    assert counts[0] > counts[1] == true
+
+
+@pytest.mark.parametrize("lies", [Lies(), Lies(stream_usage_offset=5), Lies(usage="none")], ids=repr)
+def test_a_stream_of_a_message_says_what_a_message_says(lies: Lies, original: ModelServer, fronts: Fronts) -> None:
+    asked: Document = {"messages": [USER], **GREEDY}
+    kind, data = raw(fronts(lies), MESSAGES, **asked, stream=True)
+    *sent, after = data.decode().split("\n\n")
+    lines = [event.split("\n") for event in sent]
+    events = [json.loads(told.removeprefix("data: ")) for _, told in lines]
+    assert (kind, after) == ("text/event-stream", "")
+    assert [name for name, _ in lines] == [f"event: {event['type']}" for event in events]
+    whole = ask(fronts(), MESSAGES, **asked)
+    start, stop, end = events[0]["message"], events[-2], events[-1]
+    assert (start["model"], start["content"], start["stop_reason"]) == (MODEL_NAME, [], None)
+    deltas = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
+    assert deltas == [block["text"] for block in whole["content"]]
+    assert (stop["delta"]["stop_reason"], end) == (whole["stop_reason"], {"type": "message_stop"})
+    if lies.usage == "none":
+        assert "usage" not in start
+        assert "usage" not in stop
+    else:
+        assert start["usage"]["input_tokens"] == whole["usage"]["input_tokens"] + lies.stream_usage_offset
+        assert stop["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+
+
 @pytest.mark.parametrize(
-    "given", [{"ignored": ("temprature",)}, {"refused": ("",)}, {"max_top_logprobs": 21}, {"divert_share": -0.1}]
+    "given",
+    [
+        {"ignored": ("temprature",)},
+        {"refused": ("",)},
+        {"max_top_logprobs": 21},
+        {"divert_share": -0.1},
+        {"cool": -1},
+        {"cool": float("nan")},
+        {"true_first": -1},
+    ],
 )
 def test_a_lie_that_cannot_be_told_is_an_error(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
@@ -396,18 +561,23 @@ def test_every_lie_can_be_told_on_the_command_line(
         "ignored": "temperature,top_p",
         "refused": "seed",
         "max_temperature": "0.5",
+        "cool": "0.9",
         "logprobs_after_temperature": "true",
         "max_top_logprobs": "5",
         "sentinels": "true",
         "divert_share": "0.25",
+        "true_for_public": "true",
+        "true_first": "50",
         "usage": "official",
         "usage_offset": "-3",
         "stream_usage_offset": "4",
         "cached": "true",
+        "remember": "true",
         "reasoning": "hidden",
         "model_named": "m=1",
         "provider_named": "p",
     }
+    assert {*told} == {lie.name for lie in fields(Lies)}
     lies = [word for name, value in told.items() for word in ("--lie", f"{name}={value}")]
     options = ["--template", "hidden-system", "--forge-from", "q8_0", "--variant", "q4_0", *lies]
     ended, asked = serve_arguments(monkeypatch, weighbridge_cli, *options)
@@ -416,14 +586,18 @@ def test_every_lie_can_be_told_on_the_command_line(
         ignored=("temperature", "top_p"),
         refused=("seed",),
         max_temperature=0.5,
+        cool=0.9,
         logprobs_after_temperature=True,
         max_top_logprobs=5,
         sentinels=True,
         divert_share=0.25,
+        true_for_public=True,
+        true_first=50,
         usage="official",
         usage_offset=-3,
         stream_usage_offset=4,
         cached=True,
+        remember=True,
         reasoning="hidden",
         model_named="m=1",
         provider_named="p",
@@ -443,6 +617,8 @@ def test_every_lie_can_be_told_on_the_command_line(
         (["--lie", "usage=large"], "usage=large"),
         (["--lie", "ignored=temprature"], "temprature"),
         (["--lie", "max_top_logprobs=21"], "21"),
+        (["--lie", "cool=nan"], "nan"),
+        (["--lie", "true_first=some"], "true_first=some"),
         (["--template", "cardboard"], "cardboard"),
         (["--forge-from", "cardboard"], "cardboard"),
     ],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from weighbridge.canonical import sha256_hex
-from weighbridge.capability import next_capability_request, read_capability, sampling_of
+from weighbridge.capability import TEXT, next_capability_request, read_capability, sampling_of
 from weighbridge.collect import Budget, Collector, WaitTooLongError, is_transient
 from weighbridge.dialects import DIALECTS
 from weighbridge.dialects.routes import LISTING, RECORDS, listing_path, record_path
@@ -18,11 +18,13 @@ from weighbridge.judge.case import Case
 from weighbridge.judge.checks.reasoning import reasons
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_library
 from weighbridge.judge.opening import open_case
+from weighbridge.judge.texts import TextLibrary, build_text_library
 from weighbridge.judge.verdict import control_of, is_decided, is_decided_raw, judge, useful_probes
 from weighbridge.keys import Key
 from weighbridge.observe import observe
 from weighbridge.plan import check_draw, worst_case_tokens
 from weighbridge.records import (
+    AGAIN,
     Capability,
     ControlKind,
     Endpoint,
@@ -32,6 +34,8 @@ from weighbridge.records import (
     Plan,
     PlannedRequest,
     Verdict,
+    again_twin,
+    drawn_twin,
     raw_twin,
 )
 from weighbridge.reference.bundle import OFFICIAL, Bundle, load_bundle
@@ -40,6 +44,7 @@ from weighbridge.store import RunFolder, Stopped
 from weighbridge.transport import Transport
 
 COUNTED_WITHOUT_LOGPROBS = 10  # probes that are sent for their token counts alone, where nothing else is
+NOT_COLD = "not_cold"
 MOST_FAILURES_IN_A_ROW = 3
 RECORD_WAIT_S = 2.5  # a router writes its record of an answer some seconds after the answer
 _REFUSALS = frozenset({"http_401", "http_402", "http_403", "http_404", "redirect", "unknown_host", "tls"})
@@ -86,6 +91,7 @@ class Auditor:
         self._folder = folder
         self._dialect = DIALECTS[endpoint.dialect]
         self._library: Library | None = None
+        self._texts: TextLibrary | None = None
         # Nothing is decided on the answers about sampling while they are collected.
         self._not_weighed = {request.request_id for request in plan.sampling_requests}
         self._useful: set[str] | None = None  # probes that can still tell something, where that is not all
@@ -181,7 +187,9 @@ class Auditor:
         case = await _in_thread(self._case, dict(self._seen))
         if case.served is not None or self._bundle is None:
             return None
-        requests = [raw_twin(request) for request in self._plan.probe_requests]
+        requests = [r for p in self._plan.probe_requests if self._dialect.asks(r := raw_twin(p))]
+        if not requests:
+            return None
         refusal, first = await self._send(collector, requests[0], read_capability(self._seen))
         if refusal is not None or first is None or not first.answered or first.top is None:
             return refusal
@@ -199,7 +207,7 @@ class Auditor:
 
     async def _capability(self, collector: Collector) -> str | None:
         requests = {request.request_id: request for request in self._plan.capability_requests}
-        while (request_id := next_capability_request(self._seen)) is not None:
+        while (request_id := next_capability_request(self._seen, logprobs=self._dialect.gives_logprobs)) is not None:
             request = requests[request_id]
             refusal, _ = await self._send(collector, request, read_capability(self._seen))
             if refusal is not None:
@@ -214,10 +222,29 @@ class Auditor:
         enough_logprobs = capability.top_logprobs >= MIN_TOP_LOGPROBS
         if self._bundle is not None and enough_logprobs and self._library is None:
             self._library = _library(self._bundle, self._plan, capability)
+        if not enough_logprobs and self._bundle is not None and self._plan.text_requests:
+            return await self._text_probes(collector, self._bundle, capability)
         counted = 0 if self._plan.prompt_requests else COUNTED_WITHOUT_LOGPROBS
         requests = self._plan.probe_requests if enough_logprobs else self._plan.probe_requests[:counted]
         because = await self._send_until(collector, requests, self._decided)
         return because or ("probes_used_up" if enough_logprobs else "level_not_supported")
+
+    async def _text_probes(self, collector: Collector, bundle: Bundle, capability: Capability) -> str:
+        """Ask for first tokens at temperature 0, and for each that is not the reference's once more; at 1 where 0 is not served."""
+        self._library = self._library or _library(bundle, self._plan, capability)
+        self._texts = build_text_library(bundle, self._plan.policy)
+        pairs = [(request, again_twin(request)) for request in self._plan.text_requests]
+        because = await self._send_until(collector, [r for pair in pairs for r in pair], self._decided_or_not_cold)
+        if because == NOT_COLD:
+            because = await self._send_until(
+                collector, [drawn_twin(r) for r in self._plan.probe_requests], self._decided
+            )
+        return because or "probes_used_up"
+
+    def _decided_or_not_cold(self, seen: Seen) -> str | None:
+        because = self._decided(seen)
+        texts = self._case(seen).texts if because is None else None
+        return NOT_COLD if texts is not None and not texts.is_cold else because
 
     async def _send_until(
         self, collector: Collector, requests: list[PlannedRequest], decided: Callable[[Seen], str | None]
@@ -262,6 +289,11 @@ class Auditor:
         """Take the next request that can tell something: under another rendering not every probe was recorded."""
         useful = self._useful
         for i, request in enumerate(waiting):
+            if request.request_id.startswith(TEXT) and request.request_id.endswith(AGAIN):
+                first = self._seen.get(request.request_id.removesuffix(AGAIN))
+                if first is None or self._texts is None or not self._texts.is_in_doubt(first):
+                    continue
+                return waiting.pop(i)
             if useful is None or request.raw or request not in self._plan.probe_requests or request.probe.id in useful:
                 return waiting.pop(i)
         return None
@@ -324,13 +356,14 @@ class Auditor:
         return "level_not_supported" if fruitless else None
 
     def _tell(self, case: Case) -> None:
-        evidence = case.evidence
+        evidence, texts = case.evidence, case.texts
+        log_e = evidence.log_total[-1] if evidence is not None else texts.log_total[-1] if texts is not None else None
         self._onlooker(
             Progress(
-                stage="probes" if case.answers else "capability",
+                stage="probes" if case.answers or case.text_answers else "capability",
                 requests=self._budget.requests,
                 planned=self._plan.estimate.requests,
-                log10_e_value=None if evidence is None else float(evidence.log_total[-1]) / math.log(10),
+                log10_e_value=None if log_e is None else float(log_e) / math.log(10),
                 noise_nats=None if evidence is None else math.exp(evidence.features.log_scales.mean()),
             )
         )

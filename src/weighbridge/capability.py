@@ -26,6 +26,8 @@ TOP_20, TOP_5, PLAIN, TEMPERATURE = (
     "capability-plain",
     "capability-temperature",
 )
+# How requests begin that are asked for their text alone, at temperature 0 and at 1.
+TEXT, DRAWN = "text-", "drawn-"
 PURPOSES = {
     TOP_20: "does it return 20 logprobs",
     TOP_5: "does it return 5 logprobs",
@@ -46,6 +48,10 @@ def capability_requests() -> list[PlannedRequest]:
 def sampling_of(request: PlannedRequest, capability: Capability) -> tuple[float, int]:
     """The temperature and the number of logprobs that a request asks for."""
     request_id = request.request_id
+    if request_id.startswith(TEXT):
+        return 0.0, 0
+    if request_id.startswith(DRAWN):
+        return 1.0, 0
     if request.max_tokens > 1:
         return 0.0, capability.top_logprobs
     if request_id == TOP_20:
@@ -57,8 +63,10 @@ def sampling_of(request: PlannedRequest, capability: Capability) -> tuple[float,
     return (2.0 if request_id == TEMPERATURE else 1.0), capability.top_logprobs
 
 
-def next_capability_request(observations: dict[str, Observation]) -> str | None:
-    """The next call that is needed, or None when the question is answered."""
+def next_capability_request(observations: dict[str, Observation], *, logprobs: bool = True) -> str | None:
+    """The next call that is needed, or None when the question is answered; `logprobs` says whether the kind of API has any."""
+    if not logprobs:
+        return None if PLAIN in observations else PLAIN
     if TOP_20 not in observations:
         return TOP_20
     first = observations[TOP_20]
@@ -86,7 +94,9 @@ def read_capability(observations: dict[str, Observation]) -> Capability:
         min(len(call.top) + call.nameless, 5 if call.request_id == TOP_5 else 20) for call in calls if call.top is not None
     ]  # fmt: skip
     # A first answer that is only the end of a turn carries no list, yet says nothing against logprobs.
-    top = lists[0] if lists else (20 if calls and calls[0].fault == "end_of_turn" else 0)
+    top = (
+        lists[0] if lists else (20 if calls and calls[0].fault == "end_of_turn" and calls[0].request_id != PLAIN else 0)
+    )
     slope = _temperature_slope(observations)
     regime: str = "unknown"
     if slope is not None:

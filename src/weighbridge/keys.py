@@ -24,9 +24,13 @@ REDACTED = "[redacted key]"
 
 @dataclass(frozen=True)
 class Key:
-    """A key in memory. It has no representation, and nothing that holds one can be written as JSON."""
+    """A key in memory. It has no representation, and nothing that holds one can be written as JSON.
+
+    ``bearer`` says that its name calls it a token, which is sent as one whatever an API's own header for keys is.
+    """
 
     value: str = field(repr=False)
+    bearer: bool = False
 
     def redact(self, text: str) -> str:
         """Replace the key, and its usual encodings, wherever they stand in a text."""
@@ -80,7 +84,7 @@ def key_for(name: str | None, origin: str) -> Key | None:
             f"the value of {name} does not look like a key", "Use printable ASCII of at least 8 characters"
         )
     _bind(name, origin)
-    return Key(value)
+    return Key(value, bearer=name.endswith("_AUTH_TOKEN"))
 
 
 def _bind(name: str, origin: str) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, sha256_hex
-from weighbridge.capability import capability_requests
+from weighbridge.capability import TEXT, capability_requests
+from weighbridge.dialects import DIALECTS
 from weighbridge.dialects.routes import route_requests
 from weighbridge.errors import BundleError, ConfigurationError, RunFolderError
 from weighbridge.probes import Level, Pool, draw, load_pool
@@ -25,6 +26,8 @@ from weighbridge.records import (
     Probe,
 )
 from weighbridge.reference.bundle import EMBEDDED, Bundle, PoolRecord, rendered_id, unfit_to_judge
+from weighbridge.reference.contexts import LEVELS as CONTEXT_LEVELS
+from weighbridge.reference.contexts import cold_probes, contexts_of
 from weighbridge.sampling import sampling_requests
 
 MOST_CAPABILITY_REQUESTS = 4
@@ -137,6 +140,7 @@ def make_plan(
     )
     prompts: list[PlannedRequest] = []
     probes: list[PlannedRequest] = []
+    texts: list[PlannedRequest] = []
     identity: PoolIdentity | None = None
     if bundle is not None:
         problem = unfit_to_judge(bundle, level)
@@ -154,8 +158,9 @@ def make_plan(
             for n, probe_id in enumerate(_drawn(bundle, level, seed), start=1)
         ]
         prompts = _prompt_requests(bundle)
+        texts = _text_requests(bundle, seed)
     run_id = run_id or secrets.token_hex(8)
-    sampling = sampling_requests(bundle, run_id)
+    sampling = _sampling_requests(endpoint, bundle, run_id)
     capability = capability_requests()
     route = route_requests(endpoint)
     return Plan(
@@ -175,6 +180,7 @@ def make_plan(
         prompt_requests=prompts,
         probe_requests=probes,
         sampling_requests=sampling,
+        text_requests=texts,
         estimate=_estimate(endpoint, bundle, len(route), [*capability, *prompts, *sampling], probes),
     )
 
@@ -191,10 +197,12 @@ def check_draw(plan: Plan, bundle: Bundle) -> None:
     committed = _commitment(plan.draw.seed, plan.pool, plan.reference, plan.policy, plan.weighbridge_version)
     fixed = (plan.prompt_requests, plan.sampling_requests) == (
         _prompt_requests(bundle),
-        sampling_requests(bundle, plan.run_id),
+        _sampling_requests(plan.endpoint, bundle, plan.run_id),
     )
     # A plan without probes, as a doctor's, says nothing of the weights.
     as_drawn = not plan.probe_requests or [r.probe.id for r in plan.probe_requests] == drawn
+    # Plans that were made before texts were compared have none.
+    as_drawn = as_drawn and (not plan.text_requests or plan.text_requests == _text_requests(bundle, plan.draw.seed))
     if not as_drawn or plan.draw.commitment != committed or not fixed:
         raise RunFolderError(
             "the plan's probes are not the draw of its seed", "A run whose plan was changed cannot be judged"
@@ -204,6 +212,25 @@ def check_draw(plan: Plan, bundle: Bundle) -> None:
 def _drawn(bundle: Bundle, level: LogprobLevel, seed: str) -> list[str]:
     pool = bundle.pool_at(level)
     return [] if pool is None else draw(bundle.usable_probes(pool), seed)
+
+
+def _sampling_requests(endpoint: Endpoint, bundle: Bundle | None, run_id: str) -> list[PlannedRequest]:
+    """Those that the endpoint's kind of API can be asked."""
+    dialect = DIALECTS[endpoint.dialect]
+    return [request for request in sampling_requests(bundle, run_id) if dialect.asks(request)]
+
+
+def _text_requests(bundle: Bundle, seed: str) -> list[PlannedRequest]:
+    """What is asked at temperature 0 where no logprobs are returned, in the order of the draw."""
+    contexts = contexts_of(bundle)
+    if contexts is None:
+        return []
+    pools = [pool_of(bundle, level) for level in CONTEXT_LEVELS if bundle.pool_at(level) is not None]
+    by_id = {probe.id: probe for pool in pools for probe in pool.probes}
+    drawn = draw(cold_probes(contexts), seed)
+    return [
+        PlannedRequest(request_id=f"{TEXT}{n:04d}", probe=by_id[probe_id]) for n, probe_id in enumerate(drawn, start=1)
+    ]
 
 
 def _prompt_requests(bundle: Bundle) -> list[PlannedRequest]:

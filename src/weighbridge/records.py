@@ -28,6 +28,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 _PROVIDER_SLUG = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?$"
 _AUTHOR_AND_SLUG = re.compile(r"[a-z0-9~][a-z0-9._:~-]*/[a-z0-9][a-z0-9._:~-]*", re.IGNORECASE | re.ASCII)
+AGAIN = "-again"  # ends the id of a request that asks once more
 # What an answer may be called, if its name is to stand in a URL.
 ANSWER_ID = r"^[A-Za-z0-9_-]{1,100}$"
 
@@ -76,7 +77,7 @@ class Endpoint(Record):
     name: str = Field(min_length=1, max_length=120)
     base_url: str = Field(max_length=2000)
     model: str = Field(min_length=1, max_length=300)
-    dialect: Literal["openai-chat"] = "openai-chat"
+    dialect: Literal["openai-chat", "anthropic-messages"] = "openai-chat"
     router: Literal["openrouter"] | None = Field(
         default=None, description="the router behind base_url; known without this where the host is openrouter.ai"
     )
@@ -295,22 +296,40 @@ class Plan(Record):
     sampling_requests: list[PlannedRequest] = Field(
         default_factory=list, description="what becomes of sampling parameters"
     )
+    text_requests: list[PlannedRequest] = Field(
+        default_factory=list, description="the weights at temperature 0, where no logprobs are returned"
+    )
     estimate: Estimate
 
     model_config = Record.model_config | {"populate_by_name": True}
 
     @property
     def requests(self) -> list[PlannedRequest]:
-        """All of them, in the order in which they would be sent, and after them the raw twins of the probes."""
+        """All of them, in the order in which they would be sent, and after them the twins of the probes."""
         raw = [raw_twin(request) for request in self.probe_requests]
+        again = [again_twin(request) for request in self.text_requests]
+        drawn = [drawn_twin(request) for request in self.probe_requests] if self.text_requests else []
         return [
             *self.capability_requests, *self.prompt_requests, *self.probe_requests, *self.sampling_requests, *raw,
+            *self.text_requests, *again, *drawn,
         ]  # fmt: skip
 
 
 def raw_twin(request: PlannedRequest) -> PlannedRequest:
     """The same probe as the reference's own tokens, which no chat template touches."""
     return request.model_copy(update={"request_id": f"raw-{request.request_id}", "raw": True})
+
+
+def again_twin(request: PlannedRequest) -> PlannedRequest:
+    """The same text probe once more: weights give the same answer twice, a temperature seldom does."""
+    return request.model_copy(update={"request_id": f"{request.request_id}{AGAIN}"})
+
+
+def drawn_twin(request: PlannedRequest) -> PlannedRequest:
+    """The same probe at temperature 1, where an endpoint returns no logprobs and does not serve temperature 0."""
+    # Where nothing is stated, some servers leave out what is unlikely.
+    changed = {"request_id": f"drawn-{request.request_id}", "max_tokens": 1, "forced": False, "settings": {"top_p": 1}}
+    return request.model_copy(update=changed)
 
 
 # -- exchanges -------------------------------------------------------------------------------------------------

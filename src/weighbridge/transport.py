@@ -1,8 +1,9 @@
 """The one module that speaks HTTP.
 
-A request goes through `openai`'s client, so that it looks like any customer's, over a transport of ours that
-bounds what comes back in decoded bytes and in time, follows no redirect, decides which headers leave, and keeps
-the raw answer. Nothing here judges: whatever happens is returned as a `Reply`.
+A request in OpenAI's dialect goes through `openai`'s client, so that it looks like any customer's; one in another
+dialect is plain HTTP. Both go over a transport of ours that bounds what comes back in decoded bytes and in time,
+follows no redirect, decides which headers leave, and keeps the raw answer. Nothing here judges: whatever happens is
+returned as a `Reply`.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from typing import Any, Self
 import httpx2
 import openai
 
+from weighbridge.dialects import DIALECTS, Dialect
 from weighbridge.keys import Key
 from weighbridge.records import Endpoint, FailureCode
 
@@ -32,6 +34,7 @@ _KEPT_HEADERS = (
     "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests",
 )  # fmt: skip
 _MAX_HEADER_CHARS = 500
+_ACCEPT = {"accept": "application/json"}
 
 
 @dataclass
@@ -69,10 +72,11 @@ class _BodyError(Exception):
 class _BoundedTransport(httpx2.AsyncBaseTransport):
     """Reads at most `MAX_BODY_BYTES` decoded bytes and notes what came back in the current `Reply`."""
 
-    def __init__(self, key: Key | None, connections: int) -> None:
+    def __init__(self, key: Key | None, connections: int, dialect: Dialect) -> None:
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
         self._inner = httpx2.AsyncHTTPTransport(verify=_trusted(), limits=limits, trust_env=False)
         self._key = key
+        self._dialect = dialect
         self.identity = {"user-agent": "python"}
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -102,9 +106,10 @@ class _BoundedTransport(httpx2.AsyncBaseTransport):
         """Only headers that are meant: what `openai` may have taken from the environment never leaves."""
         names = ["host", "content-type", "content-length", "transfer-encoding", "accept", "connection"]
         kept = {name: headers[name] for name in names if name in headers}
-        kept |= {"accept-encoding": "gzip, deflate", **self.identity}
+        kept |= {"accept-encoding": "gzip, deflate", **self.identity, **self._dialect.headers}
         if self._key is not None:
-            kept["authorization"] = f"Bearer {self._key.value}"
+            header = "authorization" if self._key.bearer else self._dialect.key_header
+            kept[header] = f"Bearer {self._key.value}" if header == "authorization" else self._key.value
         return httpx2.Headers(kept)
 
     def _redacted(self, text: str) -> str:
@@ -146,23 +151,26 @@ class Transport:
     endpoint : Endpoint
         Where to send.
     key : Key or None
-        Put into the Authorization header by the transport itself; `openai` never sees it.
+        Put into the header of the endpoint's dialect by the transport itself; `openai` never sees it.
     """
 
     def __init__(self, endpoint: Endpoint, key: Key | None) -> None:
         self._timeout_s = endpoint.limits.timeout_s
         self._key = key
-        bounded = _BoundedTransport(key, endpoint.limits.concurrency)
+        bounded = _BoundedTransport(key, endpoint.limits.concurrency, DIALECTS[endpoint.dialect])
         self._http = httpx2.AsyncClient(
             transport=bounded,
             trust_env=False,
             follow_redirects=False,
             timeout=None,
         )
-        self._client = openai.AsyncOpenAI(
-            api_key="none", base_url=endpoint.base_url, http_client=self._http, max_retries=0
-        )
-        if endpoint.identify_client:
+        self._base_url = endpoint.base_url
+        self._client: openai.AsyncOpenAI | None = None
+        if endpoint.dialect == "openai-chat":
+            self._client = openai.AsyncOpenAI(
+                api_key="none", base_url=endpoint.base_url, http_client=self._http, max_retries=0
+            )
+        if self._client is not None and endpoint.identify_client:
             # Taken from the library itself: the headers of a request may hold what the environment told it to add.
             headers = {"user-agent": self._client.user_agent, **self._client.platform_headers()}
             bounded.identity = {name.lower(): value for name, value in headers.items()}
@@ -177,10 +185,14 @@ class Transport:
 
     async def post(self, path: str, body: dict[str, Any]) -> Reply:
         """POST a JSON body once, without retries, and return what happened."""
+        if self._client is None:
+            return await self._once(self._http.post(self._base_url + path, json=body, headers=_ACCEPT))
         return await self._once(self._client.post(path, cast_to=httpx2.Response, body=body))
 
     async def get(self, path: str) -> Reply:
         """GET a path, with its query as it is to be sent, once, without retries, and return what happened."""
+        if self._client is None:
+            return await self._once(self._http.get(self._base_url + path, headers=_ACCEPT))
         return await self._once(self._client.get(path, cast_to=httpx2.Response))
 
     async def _once(self, exchange: Awaitable[httpx2.Response]) -> Reply:

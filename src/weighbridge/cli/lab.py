@@ -116,7 +116,13 @@ def folder() -> int:
 def serve(
     engine: str, name: str | None, template: str | None, port: int, divert_to: str | None, forge_from: str | None, told: tuple[str, ...]
 ) -> int:  # fmt: skip
-    """Serve one variant on this machine until interrupted."""
+    """Serve one variant on this machine until interrupted.
+
+    Lies that evade an audit: true_for_public=true has the true model answer the package's published probes, and
+    true_first=N the first N requests of each key (and of those without one); cool=FACTOR multiplies the temperature
+    that is asked; remember=true gives a request that comes again, whatever its seed, the same bytes again;
+    max_top_logprobs=0 gives no logprobs, and refused=logprobs answers 400 where they are asked.
+    """
     lies = _lies(told)
     variant = _variant(engine, name or DEFAULT_VARIANTS[engine])
     if template is not None:

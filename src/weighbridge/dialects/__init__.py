@@ -4,17 +4,37 @@ A dialect is one of the three extension points. It is pure: it builds the body o
 of an answer, and every quirk that it meets becomes a named entry of ``Observation.quirks``.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+from weighbridge.dialects.anthropic_messages import AnthropicMessages
 from weighbridge.dialects.openai_chat import OpenAIChat
 from weighbridge.records import Endpoint, Exchange, Observation, PlannedRequest
 
 
 class Dialect(Protocol):
-    """One kind of API."""
+    """One kind of API.
+
+    Attributes
+    ----------
+    gives_logprobs : bool
+        Whether the API has logprobs at all; where it has none, nobody is asked for any.
+    key_header : str
+        The header in which a key is sent: ``authorization`` as a bearer token, any other one as it is.
+    headers : mapping
+        What goes with every request besides.
+    """
+
+    gives_logprobs: bool
+    key_header: str
+    headers: Mapping[str, str]
 
     def path(self, request: PlannedRequest) -> str:
         """Where a request is sent, relative to the base URL."""
+        ...
+
+    def asks(self, request: PlannedRequest) -> bool:
+        """Whether a request is about something that the API has; what it lacks is neither asked nor imitated."""
         ...
 
     def body(
@@ -35,4 +55,4 @@ class Dialect(Protocol):
         ...
 
 
-DIALECTS: dict[str, Dialect] = {"openai-chat": OpenAIChat()}
+DIALECTS: dict[str, Dialect] = {"openai-chat": OpenAIChat(), "anthropic-messages": AnthropicMessages()}

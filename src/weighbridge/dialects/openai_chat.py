@@ -3,10 +3,22 @@
 import math
 import re
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from weighbridge.dialects.reading import MAX_TEXT, body_text, bounded, count, parsed, read_object, without_error
-from weighbridge.records import ANSWER_ID, Endpoint, Exchange, Observation, PlannedRequest, Position, TopToken
+from weighbridge.dialects.reading import (
+    MAX_TEXT,
+    answer_id,
+    body_text,
+    bounded,
+    count,
+    generated,
+    parsed,
+    read_object,
+    without_error,
+)
+from weighbridge.records import Endpoint, Exchange, Observation, PlannedRequest, Position, TopToken
 
 NAMELESS = ""  # stands for a special token, which servers list without text and without bytes
 _MOST_NAMELESS = 3  # a list with more of them does not name its tokens at all
@@ -17,8 +29,6 @@ _NOT_A_NAME = tuple(mark.encode() for mark in "\ufffdĠĊĉ▁")
 _MAX_TOP = 10_000
 _MAX_POSITIONS = 4096
 _MAX_EVENTS = 100_000
-_MAX_GENERATED = 2000  # characters of a text that are kept
-_ANSWER_ID = re.compile(ANSWER_ID)
 # The precisions that OpenRouter has words for, of those that a provider may say it serves.
 _QUANTIZATIONS = ("int4", "int8", "fp4", "mxfp4", "nvfp4", "fp6", "fp8", "mxfp8", "fp16", "bf16", "fp32")
 
@@ -26,9 +36,17 @@ _QUANTIZATIONS = ("int4", "int8", "fp4", "mxfp4", "nvfp4", "fp6", "fp8", "mxfp8"
 class OpenAIChat:
     """POST /chat/completions, and /completions for what is sent as token ids."""
 
+    gives_logprobs: bool = True
+    key_header: str = "authorization"
+    headers: Mapping[str, str] = MappingProxyType({})
+
     def path(self, request: PlannedRequest) -> str:
         """Where a request is sent."""
         return "/completions" if request.raw else "/chat/completions"
+
+    def asks(self, request: PlannedRequest) -> bool:  # noqa: ARG002 - what is planned is planned in this API's words
+        """Whether a request is about something that this API has."""
+        return True
 
     def body(
         self,
@@ -54,7 +72,7 @@ class OpenAIChat:
         }
         if request.raw:
             body["prompt"] = prompt_ids
-            return body | {"logprobs": top_logprobs} | endpoint.extra_body | _pinned(endpoint)
+            return body | {"logprobs": top_logprobs} | endpoint.extra_body | pinned(endpoint)
         body["messages"] = [message.model_dump() for message in request.probe.messages]
         if request.probe.tools is not None:
             body["tools"] = request.probe.tools
@@ -64,7 +82,7 @@ class OpenAIChat:
             # As vLLM and SGLang name them: the last message is gone on with, and the prompt's own logprobs are returned.
             body |= {"prompt_logprobs": top_logprobs, "continue_final_message": True, "add_generation_prompt": False}
         # What a request is about is asked whatever the user adds to every one.
-        return body | endpoint.extra_body | request.settings | _pinned(endpoint)
+        return body | endpoint.extra_body | request.settings | pinned(endpoint)
 
     def observe(self, probe_id: str, attempts: list[Exchange]) -> Observation:
         """Read the last attempt. Whatever the endpoint sent, this returns an observation and never raises."""
@@ -88,7 +106,7 @@ class OpenAIChat:
         return _answer(facts, document, attempts[-1].sent.body)
 
 
-def _pinned(endpoint: Endpoint) -> dict[str, Any]:
+def pinned(endpoint: Endpoint) -> dict[str, Any]:
     """What tells a router to ask one provider, to ask no other one in its place, and to drop no parameter."""
     if endpoint.provider is None:
         return {}
@@ -136,7 +154,7 @@ def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, An
     details, spent = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
     facts |= {
         "reasoning_tokens": count(spent.get("reasoning_tokens")) if isinstance(spent, dict) else None,
-        "answer_id": _answer_id(document.get("id")),
+        "answer_id": answer_id(document.get("id")),
         "model_named": bounded(document.get("model")),
         "provider_named": bounded(document.get("provider")),
         "fingerprint": bounded(document.get("system_fingerprint")),
@@ -154,7 +172,7 @@ def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, An
     facts |= {
         "finish_reason": bounded(choice.get("finish_reason")),
         "choices": len(choices),
-        "text": text[:_MAX_GENERATED].encode("utf-8", "replace").decode() if isinstance(text, str) else None,
+        "text": generated(text) if isinstance(text, str) else None,
         "shows_reasoning": any(
             isinstance(message.get(name), str) and message[name] != "" for name in ("reasoning_content", "reasoning")
         ),
@@ -187,11 +205,6 @@ def _answer(facts: dict[str, Any], document: dict[str, Any], asked: dict[str, An
             quirks=quirks,
         )
     return Observation(**facts, answered=True, top=top, positions=positions, quirks=quirks)
-
-
-def _answer_id(value: Any) -> str | None:
-    """What an answer is called, where that can stand in a URL."""
-    return value if isinstance(value, str) and _ANSWER_ID.fullmatch(value) else None
 
 
 def _legacy_lists(logprobs: dict[str, Any]) -> Any:

@@ -2,11 +2,14 @@
 
 import base64
 import json
+import re
 from typing import Any
 
-from weighbridge.records import Received
+from weighbridge.records import ANSWER_ID, Received
 
 MAX_TEXT = 200
+_MAX_GENERATED = 2000  # characters of what a model wrote that are kept
+_ANSWER_ID = re.compile(ANSWER_ID)
 
 
 def body_text(received: Received) -> str:
@@ -32,6 +35,16 @@ def bounded(value: Any) -> str | None:
     if not isinstance(value, str):
         return None
     return "".join(c if c.isprintable() else "\ufffd" for c in value[:MAX_TEXT])
+
+
+def generated(text: str) -> str:
+    """The beginning of what a model wrote, as UTF-8 can hold it."""
+    return text[:_MAX_GENERATED].encode("utf-8", "replace").decode()
+
+
+def answer_id(value: Any) -> str | None:
+    """What an answer is called, where that can stand in a URL."""
+    return value if isinstance(value, str) and _ANSWER_ID.fullmatch(value) else None
 
 
 def count(value: Any) -> int | None:

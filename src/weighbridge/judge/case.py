@@ -7,6 +7,7 @@ from weighbridge.judge.answers import Residuals
 from weighbridge.judge.library import Library
 from weighbridge.judge.renderings import PromptReading
 from weighbridge.judge.sizes import WeightEvidence
+from weighbridge.judge.texts import TextEvidence
 from weighbridge.records import Capability, Finding, Observation, Plan
 
 
@@ -20,9 +21,9 @@ class Case:
         What was decided, and what the endpoint exposes.
     route, capability_answers : list of Observation
         What the host says of itself, and answers to the capability calls.
-    answers, prompt_answers, raw_answers : list of Observation
-        Of the weights' probes in the order of the draw, of the probes that tell what becomes of a prompt, and of the
-        weights' probes that were sent as tokens.
+    answers, prompt_answers, raw_answers, text_answers : list of Observation
+        Of the weights' probes in the order of the draw, of the probes that tell what becomes of a prompt, of the
+        weights' probes that were sent as tokens, and of those that are asked where there are no logprobs.
     sampling : dict of Observation
         Answers to the requests of `weighbridge.sampling`, by their names.
     reading : PromptReading or None
@@ -42,6 +43,8 @@ class Case:
         Log e-value of all answers against an honest stack behind the official prompt.
     raw_residuals, raw_evidence
         The same of the answers to the reference's own tokens.
+    texts : TextEvidence or None
+        Of first tokens as text; None where there are logprobs, or nothing was asked.
     """
 
     plan: Plan
@@ -61,13 +64,15 @@ class Case:
     log_e_official: float | None = None
     raw_residuals: Residuals | None = None
     raw_evidence: WeightEvidence | None = None
+    texts: TextEvidence | None = None
+    text_answers: list[Observation] = field(default_factory=list)
     route: list[Observation] = field(default_factory=list)
     capability_answers: list[Observation] = field(default_factory=list)
 
     @property
     def observed(self) -> list[Observation]:
         """Every answer that has come back."""
-        return [*self.prompt_answers, *self.answers, *self.raw_answers, *self.sampling.values()]
+        return [*self.prompt_answers, *self.answers, *self.raw_answers, *self.text_answers, *self.sampling.values()]
 
 
 class Check(Protocol):

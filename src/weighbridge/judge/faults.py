@@ -22,6 +22,7 @@ _NEXT_STEPS = {
     "not_json": "Check base_url",
     "not_an_object": "Check base_url",
     "error_object": "Read the host's message",
+    "no_content": "Check base_url and dialect: the answer is no message",
     "no_choices": "Ask the host why its answers have no choices",
 }
 

@@ -5,15 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 
+from weighbridge.capability import DRAWN, TEXT
 from weighbridge.judge.answers import Residuals, line_up
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.prompt import explain_counts
+from weighbridge.judge.checks.texts import exact_variant, text_differs_after, text_explanation
 from weighbridge.judge.checks.weights import differs_after, is_mixed, mean_cosines, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
 from weighbridge.judge.renderings import PromptReading, has_system, read_prompt
 from weighbridge.judge.sizes import WeightEvidence, weigh
+from weighbridge.judge.texts import build_text_library, weigh_texts
 from weighbridge.records import Capability, Observation, Plan, Policy, raw_twin
-from weighbridge.reference.bundle import OFFICIAL
+from weighbridge.reference.bundle import OFFICIAL, HypothesisRecord
 
 NEAREST_TRIED = 4  # renderings under which two faults at once are looked for
 Weighed = tuple[Residuals | None, WeightEvidence | None]
@@ -45,9 +48,12 @@ def open_case(plan: Plan, capability: Capability, observations: Iterable[Observa
         plan=plan, capability=capability, answers=answers, library=library, residuals=None, evidence=None, prompt_answers=prompt_answers,
         raw_answers=raw_answers, sampling=sampling, reading=reading, served=OFFICIAL, official_differs=False,
         route=of(plan.route_requests), capability_answers=of(r.request_id for r in plan.capability_requests),
+        text_answers=[o for name, o in by_id.items() if name.startswith((TEXT, DRAWN))],
     )  # fmt: skip
-    if library is None or not usable:
+    if library is None:
         return case
+    if not usable:
+        return _by_texts(case, library, by_id)
     residuals, evidence = _weighed(library, answers, plan.policy)
     log_e = float(evidence.log_total[-1]) if evidence is not None else None
     case = replace(case, residuals=residuals, evidence=evidence, log_e_official=log_e)
@@ -56,6 +62,32 @@ def open_case(plan: Plan, capability: Capability, observations: Iterable[Observa
     if evidence is None or differs_after(evidence, plan.policy) is None:
         return _by_structure(case, library)
     return _under_served(replace(case, official_differs=True), library, evidence)
+
+
+def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Case:
+    """The case where only texts are compared: what is served is the official prompt, another recorded one, or it is not known."""
+    policy = case.plan.policy
+    known = build_text_library(library.bundle, policy)
+    texts = weigh_texts(known, case.plan, by_id) if known is not None and case.text_answers else None
+    if texts is None:
+        return case
+    case = replace(case, texts=texts, log_e_official=float(texts.log_total[-1]))
+    if text_differs_after(texts, policy) is None:
+        return case
+    case = replace(case, official_differs=True)
+    best = text_explanation(texts, policy)
+    if best is None:
+        return replace(case, served=None)
+    record = texts.library.departure(best)
+    if isinstance(record, HypothesisRecord):
+        return replace(case, served=record.id)
+    # Counts that tell of another prompt leave room for what is nearly a departure: then only an exact one is blamed on the weights.
+    doubtful = case.reading is not None and _contradicted(case.reading, policy)
+    return (
+        replace(case, served=None)
+        if doubtful and exact_variant(texts, best, policy) is None
+        else replace(case, settled=True)
+    )
 
 
 def _weighed(library: Library, answers: list[Observation], policy: Policy) -> Weighed:

@@ -15,6 +15,7 @@ from weighbridge.judge.checks.reasoning import check_reasoning, hides_reasoning
 from weighbridge.judge.checks.route import check_route
 from weighbridge.judge.checks.sampling import check_sampling
 from weighbridge.judge.checks.share import check_share
+from weighbridge.judge.checks.texts import is_consistent_text, text_differs_after, text_explanation
 from weighbridge.judge.checks.weights import (
     answers_for_consistent,
     check_weights,
@@ -24,6 +25,7 @@ from weighbridge.judge.checks.weights import (
     may_be_mixed,
 )
 from weighbridge.judge.faults import explain
+from weighbridge.judge.texts import TextEvidence
 from weighbridge.records import (
     AXES,
     Axis,
@@ -51,6 +53,8 @@ ENOUGH_FOR_A_PROMPT = 16
 def is_decided(case: Case) -> bool:
     """Whether further answers of this kind would change nothing that the policy requires."""
     evidence, policy = case.evidence, case.plan.policy
+    if case.texts is not None:
+        return _is_decided_by_texts(case, case.texts)
     if evidence is not None and case.served is not None and is_consistent(evidence, policy):
         return True
     if case.official_differs and not case.settled:
@@ -68,6 +72,15 @@ def is_decided(case: Case) -> bool:
     # A wrong prompt is told from wrong weights by token counts, where the endpoint reports any.
     counted = case.reading.counted if case.reading is not None else 0
     return counted >= policy.min_counted or counted == 0 or len(case.answers) > counted + policy.min_counted
+
+
+def _is_decided_by_texts(case: Case, texts: TextEvidence) -> bool:
+    """Whether more texts would change nothing; where they differ, some more are asked, so that a cause can be named."""
+    policy = case.plan.policy
+    reached = text_differs_after(texts, policy)
+    if reached is None:
+        return is_consistent_text(texts, policy)
+    return text_explanation(texts, policy) is not None or texts.answers >= reached + ENOUGH_FOR_A_PROMPT
 
 
 def is_decided_raw(case: Case) -> bool:
@@ -197,9 +210,11 @@ def _weights_that_can_be_judged(weights: Finding, case: Case, sampling: Finding)
     if hides_reasoning(case.answers):
         return _open(weights, "tokens that are not shown stand before the answer", "An answer without reasoning")
     if case.served is None:
-        noise = float(np.exp(case.evidence.features.log_scales.mean())) if case.evidence is not None else 0.0
+        summary = weights.summary
+        if case.evidence is not None:
+            summary = f"The answers are {float(np.exp(case.evidence.features.log_scales.mean())):.2g} nats from the reference's"
         return _raw(case) or _open(
-            weights.model_copy(update={"summary": f"The answers are {noise:.2g} nats from the reference's"}),
+            weights.model_copy(update={"summary": summary}),
             "whether the prompt or the weights are why is not known, so the weights are not judged", "Raw completions, or an endpoint that serves the official prompt, or the rendering that it serves in a bundle",
         )  # fmt: skip
     if case.served != OFFICIAL:

@@ -7,9 +7,11 @@ not a part of the auditor, so it speaks HTTP with the standard library alone.
 import copy
 import hashlib
 import http.client
+import itertools
 import json
 import random
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from types import TracebackType
@@ -17,12 +19,15 @@ from typing import Any, ClassVar, Self
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from weighbridge.errors import ConfigurationError
 from weighbridge.lab.json_http import JsonHandler, post_json
 from weighbridge.lab.lies import (
     HONEST_TOP_LOGPROBS,
     chat_chunks,
     divide_by_temperature,
     estimate_usage,
+    is_published,
+    message_events,
     message_text,
     passed_on,
     refused_field,
@@ -36,6 +41,7 @@ VOCABULARY = 49152
 SENTINEL = -9999.0
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+MESSAGES = "/v1/messages"
 # Added to a token's logit it leaves no chance to any other; llama.cpp's logprobs are those without it.
 _CERTAIN = 1000
 
@@ -44,6 +50,8 @@ _official_template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_bloc
 
 class Front:
     """The running front; a context manager.
+
+    Besides the chat it passes on POST /v1/messages, Anthropic's way to ask, which of the lab's engines llama.cpp serves.
 
     Parameters
     ----------
@@ -56,10 +64,17 @@ class Front:
     forged_port : int, optional
         Whose logprobs a chat gives out as its own: those of a llama.cpp server with the same vocabulary, which is
         asked for each place of the text that the first server wrote, under its own chat template.
+    true_port : int, optional
+        Where goes what ``lies.true_for_public`` and ``lies.true_first`` have the true model answer.
     port : int
         The front's own; 0 for any free one.
     completions : bool
         Whether /v1/completions is offered besides the chat; its logprobs have the shape that the engine gives them.
+
+    Raises
+    ------
+    ConfigurationError
+        If the true model is to answer some requests and is not there.
     """
 
     def __init__(
@@ -69,16 +84,21 @@ class Front:
         *,
         diverted_port: int | None = None,
         forged_port: int | None = None,
+        true_port: int | None = None,
         port: int = 0,
         completions: bool = False,
     ) -> None:
+        if lies.sometimes_true and true_port is None:
+            raise ConfigurationError("the true model is to answer some requests, and is not there", "Give its port")
         settings = {
             "backend_port": backend_port,
             "lies": lies,
             "diverted_port": diverted_port,
             "forged_port": forged_port,
-            "paths": (CHAT, COMPLETIONS) if completions else (CHAT,),
+            "true_port": true_port,
+            "paths": (CHAT, MESSAGES, COMPLETIONS) if completions else (CHAT, MESSAGES),
             "stored": {},
+            "turns": {},
         }
         handler = type("Handler", (_Handler,), settings)
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -128,13 +148,15 @@ class _Handler(JsonHandler):
     backend_port: ClassVar[int]
     diverted_port: ClassVar[int | None]
     forged_port: ClassVar[int | None]
+    true_port: ClassVar[int | None]
     lies: ClassVar[Lies]
     stored: ClassVar[dict[str, dict[str, Any]]]
+    turns: ClassVar[dict[str, Iterator[int]]]
     model_name = MODEL_NAME
     streams = True
 
     def answer(self, path: str, body: dict[str, Any]) -> None:
-        """POST /v1/chat/completions, and /v1/completions where it is offered."""
+        """POST /v1/chat/completions, /v1/messages, and /v1/completions where it is offered."""
         if body.get("model") != MODEL_NAME:
             self.send_problem(404, f"the model {str(body.get('model'))[:80]!r} does not exist")
             return
@@ -145,21 +167,35 @@ class _Handler(JsonHandler):
             field = refused_field(self.lies, body)
             if field is not None:
                 raise _RefusedError(f"{field} is not supported")
-            if streamed and path != CHAT:
+            if streamed and path == COMPLETIONS:
                 raise _RefusedError("the lab streams chats only")
-            status, document = self._from_cache_or_engine(path, asked)
+            status, document = self._from_memory(path, body, asked)
         except _RefusedError as refused:
             self.send_problem(400, str(refused))
             return
         except (OSError, http.client.HTTPException, ValueError):
             self.send_problem(502, "the engine did not answer")
             return
-        if streamed and status == 200:
-            include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-            offset = self.lies.stream_usage_offset
-            self.send_events(chat_chunks(document, include_usage=include_usage, usage_offset=offset))
-        else:
+        offset = self.lies.stream_usage_offset
+        if not streamed or status != 200:
             self.send_document(status, document)
+        elif path == MESSAGES:
+            self.send_events(message_events(document, usage_offset=offset), typed=True)
+        else:
+            include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            self.send_events(chat_chunks(document, include_usage=include_usage, usage_offset=offset))
+
+    def _from_memory(self, path: str, body: dict[str, Any], asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """What the same body got before, whatever its seed; else what is asked of the engine."""
+        if not self.lies.remember:
+            return self._from_cache_or_engine(path, asked)
+        key = json.dumps([path, {field: value for field, value in body.items() if field != "seed"}], sort_keys=True)
+        if key not in self.stored:
+            status, document = self._from_cache_or_engine(path, asked)
+            if status != 200:
+                return status, document
+            self.stored.setdefault(key, document)  # of two that ask at once, both get the answer that was first
+        return 200, self.stored[key]
 
     def _from_cache_or_engine(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if not self.lies.cached or path != CHAT:
@@ -196,8 +232,9 @@ class _Handler(JsonHandler):
             answer.pop("usage", None)
         if "usage" in answer:
             usage = answer["usage"]
-            usage["prompt_tokens"] += self.lies.usage_offset
-            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+            usage["input_tokens" if path == MESSAGES else "prompt_tokens"] += self.lies.usage_offset
+            if path != MESSAGES:
+                usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
         answer["model"] = MODEL_NAME if self.lies.model_named is None else self.lies.model_named
         if self.lies.provider_named is not None:
             answer["provider"] = self.lies.provider_named
@@ -207,6 +244,8 @@ class _Handler(JsonHandler):
     def _ask_for_logprobs(self, path: str, body: dict[str, Any]) -> _Wanted:
         """Check what the request says of logprobs, and make of it what the engine is asked for."""
         lies = self.lies
+        if path == MESSAGES:  # which has none, and passes over what it does not know
+            return _Wanted(shown=False, kept=0, listed=0, temperature=None)
         # Chat says with one field whether logprobs are wanted and with another how many; completions need one for both.
         name = "top_logprobs" if path == CHAT else "logprobs"
         asked = {name: body.get(name), "prompt_logprobs": body.get("prompt_logprobs")}
@@ -263,6 +302,8 @@ class _Handler(JsonHandler):
             answer["usage"]["completion_tokens_details"] = {"reasoning_tokens": count}
 
     def _port(self, body: dict[str, Any]) -> int:
+        if self.true_port is not None and (self._is_early() or (self.lies.true_for_public and is_published(body))):
+            return self.true_port
         if self.diverted_port is not None:
             # What is asked decides, so that asking again is no way round.
             asked = json.dumps(body.get("messages", body.get("prompt")), sort_keys=True)
@@ -270,6 +311,12 @@ class _Handler(JsonHandler):
             if chance < self.lies.divert_share:
                 return self.diverted_port
         return self.backend_port
+
+    def _is_early(self) -> bool:
+        """Count a request of whoever asks; whether it is one of the first."""
+        key = self.headers.get("authorization") or self.headers.get("x-api-key") or ""
+        # Many threads ask; each of these two calls is one step of the interpreter's.
+        return next(self.turns.setdefault(key, itertools.count())) < self.lies.true_first
 
 
 def _official_prompt_tokens(port: int, messages: list[dict[str, Any]]) -> int:

@@ -105,18 +105,22 @@ class JsonHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def send_events(self, documents: Iterable[dict[str, Any]]) -> None:
-        """Answer with a stream of server-sent events, one for each JSON object, and the word that ends it."""
+    def send_events(self, documents: Iterable[dict[str, Any]], *, typed: bool = False) -> None:
+        """Answer with a stream of server-sent events, one for each JSON object, and the word that ends it.
+
+        Typed ones bear the name of their type, as in Anthropic's streams, which end without such a word.
+        """
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.send_header("cache-control", "no-cache")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
         for document in documents:
-            self._send_event(json.dumps(document))
-        self._send_event("[DONE]")
+            self._send_event(json.dumps(document), f"event: {document['type']}\n" if typed else "")
+        if not typed:
+            self._send_event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")
 
-    def _send_event(self, data: str) -> None:
-        event = f"data: {data}\n\n".encode()
+    def _send_event(self, data: str, name: str = "") -> None:
+        event = f"{name}data: {data}\n\n".encode()
         self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))

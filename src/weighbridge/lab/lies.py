@@ -1,6 +1,7 @@
 """The lies that the front can tell, and what each does to a request, an answer or a stream; nothing here is sent."""
 
 import codecs
+import functools
 import math
 import secrets
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from weighbridge.errors import ConfigurationError
+from weighbridge.paths import data_path
+from weighbridge.probes import load_pool
 
 HONEST_TOP_LOGPROBS = 20
 REASONING_TOKENS = 8
@@ -23,6 +26,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "min_p": (0,),
     "seed": (),
     "stop": (),
+    "stop_sequences": (),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
@@ -59,6 +63,8 @@ class Lies:
         Request fields that are answered by status 400, with their name, when they ask for something special.
     max_temperature : float or None
         Larger temperatures are lowered to it.
+    cool : float
+        What an asked temperature is multiplied by; below 1 it hides the entropy that coarser weights add.
     logprobs_after_temperature : bool
         Logprobs are those of the distribution divided by the temperature.
     max_top_logprobs : int
@@ -67,15 +73,22 @@ class Lies:
         The second half of each ``top_logprobs`` says -9999.
     divert_share : float
         The share of requests that the second variant answers.
+    true_for_public : bool
+        The original weights under the official template answer every conversation whose user texts all stand in public
+        pools of this package; the other lies are told of those answers too. Raw completions are not recognised.
+    true_first : int
+        They answer the first so many requests of each key too, and the first so many of those that carry none.
     usage : {"true", "none", "official", "characters"}
         What counts tokens: the engine; nobody, so that ``usage`` is absent; for the prompt, the model's official
         template, whatever is served; a quarter of the characters of the messages and of the text.
     usage_offset : int
-        Added to ``usage.prompt_tokens``.
+        Added to ``usage.prompt_tokens``, and to ``usage.input_tokens`` of /v1/messages.
     stream_usage_offset : int
         Added to ``usage.prompt_tokens`` in streams, besides.
     cached : bool
         The same messages again get the stored answer, whatever else is asked; ``cached_tokens`` says so.
+    remember : bool
+        The same request again, whatever its seed, gets the bytes of the first answer, and nothing says so.
     reasoning : {"none", "visible", "hidden"}
         Whether the first 8 tokens of what the engine writes are called reasoning: given as ``reasoning_content``
         or kept back. Both ways they count as completion tokens, and ``max_tokens`` covers them.
@@ -93,14 +106,18 @@ class Lies:
     ignored: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     max_temperature: float | None = None
+    cool: float = 1.0
     logprobs_after_temperature: bool = False
     max_top_logprobs: int = HONEST_TOP_LOGPROBS
     sentinels: bool = False
     divert_share: float = 0.0
+    true_for_public: bool = False
+    true_first: int = 0
     usage: Literal["true", "none", "official", "characters"] = "true"
     usage_offset: int = 0
     stream_usage_offset: int = 0
     cached: bool = False
+    remember: bool = False
     reasoning: Literal["none", "visible", "hidden"] = "none"
     model_named: str | None = None
     provider_named: str | None = None
@@ -117,6 +134,15 @@ class Lies:
             )
         if not 0 <= self.divert_share <= 1:
             raise ConfigurationError(f"divert_share is {self.divert_share}", "Give a number from 0 to 1")
+        if not 0 <= self.cool < math.inf:
+            raise ConfigurationError(f"cool is {self.cool}", "Give a number from 0")
+        if self.true_first < 0:
+            raise ConfigurationError(f"true_first is {self.true_first}", "Give a number from 0")
+
+    @property
+    def sometimes_true(self) -> bool:
+        """Whether the true model has to stand by."""
+        return self.true_for_public or self.true_first > 0
 
 
 def refused_field(lies: Lies, request: Mapping[str, Any]) -> str | None:
@@ -143,8 +169,27 @@ def passed_on(lies: Lies, request: Mapping[str, Any]) -> dict[str, Any]:
         read["max_tokens"] = OWN_MAX_TOKENS
     temperature = read.get("temperature")
     if lies.max_temperature is not None and isinstance(temperature, int | float):
-        read["temperature"] = min(temperature, lies.max_temperature)
+        read["temperature"] = temperature = min(temperature, lies.max_temperature)
+    if lies.cool != 1 and isinstance(temperature, int | float):
+        read["temperature"] = temperature * lies.cool
     return read
+
+
+@functools.cache
+def _published_texts() -> frozenset[str]:
+    """The user's texts of all public pools that the package carries."""
+    folders = [folder for folder in data_path("probes").iterdir() if (folder / "pool.toml").is_file()]
+    pools = [load_pool(str(folder)) for folder in folders]
+    public = [probe for pool in pools if pool.description.visibility == "public" for probe in pool.probes]
+    return frozenset(turn.content for probe in public for turn in probe.messages if turn.role == "user")
+
+
+def is_published(request: Mapping[str, Any]) -> bool:
+    """Whether a request is a conversation of which the user's texts all stand in public pools."""
+    messages = request.get("messages")
+    turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
+    asked = [message_text(turn) for turn in turns if turn.get("role") == "user"]
+    return bool(asked) and _published_texts().issuperset(asked)
 
 
 def divide_by_temperature(position: dict[str, Any], temperature: float) -> None:
@@ -232,3 +277,23 @@ def _pieces(text: str, positions: list[dict[str, Any]]) -> list[tuple[str, list[
         return [(text, positions)]
     rest = text.removeprefix(known)
     return [*pieces, (rest, [])] if rest else pieces
+
+
+def message_events(answer: Mapping[str, Any], *, usage_offset: int) -> Iterator[dict[str, Any]]:
+    """A message of /v1/messages as the events of a stream, each text in one piece."""
+    begun = {**answer, "content": [], "stop_reason": None, "stop_sequence": None}
+    if "usage" in answer:
+        usage = answer["usage"]
+        begun["usage"] = {**usage, "input_tokens": usage["input_tokens"] + usage_offset, "output_tokens": 0}
+    yield {"type": "message_start", "message": begun}
+    for index, block in enumerate(answer["content"]):
+        text = block.get("text")
+        yield {"type": "content_block_start", "index": index, "content_block": {**block, "text": ""} if text else block}
+        if text:
+            yield {"type": "content_block_delta", "index": index, "delta": {"type": "text_delta", "text": text}}
+        yield {"type": "content_block_stop", "index": index}
+    ended: dict[str, Any] = {"delta": {field: answer[field] for field in ("stop_reason", "stop_sequence")}}
+    if "usage" in answer:
+        ended["usage"] = {"output_tokens": answer["usage"]["output_tokens"]}
+    yield {"type": "message_delta", **ended}
+    yield {"type": "message_stop"}

@@ -9,7 +9,7 @@ from weighbridge.lab.front import Front, Lies
 from weighbridge.lab.llamacpp import LlamaServer
 from weighbridge.lab.process import ModelServer
 from weighbridge.lab.torch_server import TorchServer
-from weighbridge.lab.variants import OFFICIAL_TEMPLATE, TorchVariant, Variant
+from weighbridge.lab.variants import OFFICIAL_TEMPLATE, TORCH_VARIANTS, VARIANTS, TorchVariant, Variant
 from weighbridge.lab.weights import lab_folder, require_extra, weight_file
 
 
@@ -55,7 +55,7 @@ def lab_endpoint(
     variant : Variant or TorchVariant
         What is served, and so the engine.
     lies : Lies
-        What the front misreports.
+        What the front misreports. Where they have the true model answer some requests, it is served as well.
     say : callable
         Receives a line for each step that takes long.
     diverted_to : Variant or TorchVariant, optional
@@ -70,12 +70,15 @@ def lab_endpoint(
     with contextlib.ExitStack() as stack:
         main = stack.enter_context(lab_backend(variant, say))
         other = stack.enter_context(lab_backend(diverted_to, say)) if diverted_to is not None else None
+        original = TORCH_VARIANTS["f32"] if isinstance(variant, TorchVariant) else VARIANTS["f16"]
+        true = stack.enter_context(lab_backend(original, say)) if lies.sometimes_true else None
         forger = stack.enter_context(lab_backend(forged_from, say)) if forged_from is not None else None
         front = Front(
             main.port,
             lies,
             diverted_port=other.port if other else None,
             forged_port=forger.port if forger else None,
+            true_port=true.port if true else None,
             port=port,
             completions=isinstance(variant, TorchVariant) if completions is None else completions,
         )

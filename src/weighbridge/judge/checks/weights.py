@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from weighbridge.judge.case import Case
 from weighbridge.judge.causes import weigh_causes
+from weighbridge.judge.checks.texts import check_texts
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, travels
 from weighbridge.judge.sizes import WeightEvidence
 from weighbridge.records import Cause, Effect, Finding, Policy
@@ -160,10 +161,12 @@ def check_weights(case: Case) -> Finding:
                 summary=f"The endpoint returns logprobs that cannot be used: {unusable}",
                 to_resolve="Ask the host for logprobs that are those of a distribution",
             )  # fmt: skip
+        if case.texts is not None:
+            return check_texts(case)
         return Finding(
             check="weights", axis="weights", outcome="not_supported",
-            summary=f"The endpoint returns {'no' if returned == 0 else f'only {returned}'} logprobs; this version judges weights from at least {MIN_TOP_LOGPROBS}",
-            to_resolve="Ask the host for logprobs; text-only levels are not part of this version",
+            summary=f"The endpoint returns {'no' if returned == 0 else f'only {returned}'} logprobs, fewer than {MIN_TOP_LOGPROBS}, and no text was compared",
+            to_resolve="Ask the host for logprobs, or raise --max-requests so that texts can be compared",
         )  # fmt: skip
     if case.capability.temperature_regime == "other":
         return Finding(

@@ -1,0 +1,187 @@
+"""Are the weights the weights, where no logprobs are returned? Levels L4 and L5: the first token of an answer, as text."""
+
+from typing import Any
+
+import numpy as np
+
+from weighbridge.judge.case import Case
+from weighbridge.judge.texts import TextEvidence
+from weighbridge.records import Cause, Effect, Finding, Policy
+from weighbridge.reference.bundle import StackRecord
+from weighbridge.stats.evidence import first_crossing
+from weighbridge.stats.residuals import share_upper_limit
+
+CONFIDENCE = 0.95
+ANSWERED_SHARE = 0.9  # of the contexts asked: what an endpoint leaves out may be what would tell
+MATCHING_SHARE = 0.75  # of the answers must be a departure's own before it is said to explain them
+LOG10 = float(np.log(10))
+
+
+def text_differs_after(texts: TextEvidence, policy: Policy) -> int | None:
+    """After how many answers the honest stacks are rejected, at temperature 0 and at any other, or None."""
+    reached = first_crossing(texts.log_total, policy.differs_e_value) if texts.answers >= policy.min_answers else None
+    return None if reached is None else max(reached, policy.min_answers)
+
+
+def excluded_by_text(texts: TextEvidence, policy: Policy) -> list[bool]:
+    """For each departure, whether it is excluded."""
+    return [first_crossing(course, policy.consistent_e_value) is not None for course in texts.log_exclusion]
+
+
+def is_consistent_text(texts: TextEvidence, policy: Policy) -> bool:
+    """Whether every recorded departure of the weights that texts can tell within the answers waited for is excluded."""
+    if texts.answers < min(policy.min_answers_consistent, texts.library.cold.size):
+        return False
+    if texts.answers < ANSWERED_SHARE * texts.asked or text_differs_after(texts, policy) is not None:
+        return False
+    wanted = [can and is_stack for can, is_stack in zip(texts.library.excludable, _are_stacks(texts), strict=True)]
+    excluded = excluded_by_text(texts, policy)
+    return any(wanted) and all(done for done, want in zip(excluded, wanted, strict=True) if want)
+
+
+def _are_stacks(texts: TextEvidence) -> list[bool]:
+    return [isinstance(texts.library.departure(i), StackRecord) for i in texts.library.departures]
+
+
+def text_explanation(texts: TextEvidence, policy: Policy) -> int | None:
+    """The one distribution that explains the answers, or None.
+
+    By a factor of the policy's level better than noise of any size does, and than every departure of another kind; and at temperature 0
+    most answers are its own likeliest ones: what resembles it by chance, as an unknown prompt may, does not get so far.
+    """
+    library, gains = texts.library, texts.gain_nats
+    best = max(library.departures, key=lambda i: float(gains[i]), default=None)
+    level = float(np.log(policy.differs_e_value))
+    if best is None or gains[best] < level or (texts.cold.count and texts.matches[best] < MATCHING_SHARE):
+        return None
+    others = [float(gains[i]) for i in library.departures if kind_of(texts, i) != kind_of(texts, best)]
+    return best if gains[best] - max(others, default=0.0) >= level else None
+
+
+def kind_of(texts: TextEvidence, index: int) -> str:
+    """What a distribution is called by its kind: the class of a departure, or the id of a rendering."""
+    record = texts.library.departure(index)
+    return str(record.departure_class) if isinstance(record, StackRecord) else record.id
+
+
+def exact_variant(texts: TextEvidence, index: int, policy: Policy) -> str | None:
+    """The name of the departure itself, where it is told from all others of its kind."""
+    record = texts.library.departure(index)
+    if not isinstance(record, StackRecord):
+        return None
+    name = record.variant or record.id
+    others = [
+        float(texts.gain_nats[i])
+        for i in texts.library.departures
+        if isinstance(other := texts.library.departure(i), StackRecord) and (other.variant or other.id) != name
+    ]
+    clear = texts.gain_nats[index] - max(others, default=0.0) >= np.log(policy.differs_e_value)
+    return name if clear else None
+
+
+def check_texts(case: Case) -> Finding:
+    """Judge the weights by first tokens alone."""
+    texts, policy = case.texts, case.plan.policy
+    assert texts is not None
+    n, library = texts.answers, texts.library
+    differing = int(texts.flips.sum())
+    effects = []
+    if texts.cold.count:
+        low, high = _share_interval(differing, texts.cold.count)
+        effects.append(Effect(name="answers at temperature 0 that are not the reference's", value=differing / texts.cold.count, low=low, high=high, unit="1", confidence=CONFIDENCE))  # fmt: skip
+    excluded = excluded_by_text(texts, policy)
+    names = [(r.variant or r.id) if isinstance(r := library.departure(i), StackRecord) else None for i in library.departures]  # fmt: skip
+    common: dict[str, Any] = {
+        "check": "weights", "axis": "weights", "answers_used": n, "effects": effects, "log10_e_value": float(texts.log_total[-1]) / LOG10,
+        "excluded": sorted({name for name, done in zip(names, excluded, strict=True) if name and done}),
+        "details": _details(texts),
+    }  # fmt: skip
+    common["not_excluded"] = sorted({name for name in names if name} - set(common["excluded"]))
+    level = "L4" if texts.is_cold else "L5"
+    basis = f"No logprobs are returned, so first tokens were compared (level {level})"
+    if text_differs_after(texts, policy) is not None:
+        return _differs(texts, policy, common, basis, differing)
+    if is_consistent_text(texts, policy):
+        what = (
+            f"{texts.cold.count - differing} of {texts.cold.count} are the reference's at temperature 0, where weights of {_finest(texts)} would often give another one"
+            if texts.is_cold
+            else f"{n} answers at an unknown temperature are as the reference's"
+        )
+        return Finding(**common, outcome="consistent", summary=f"{basis}: {what}")
+    if n < ANSWERED_SHARE * texts.asked:
+        return Finding(
+            **common, outcome="inconclusive", summary=f"Only {n} of {texts.asked} probes came back with text; what is left out may be what would tell",
+            to_resolve="Ask the host why some requests are not answered",
+        )  # fmt: skip
+    return Finding(
+        **common, outcome="inconclusive",
+        summary=f"{basis}: after {n} answers neither the honest library nor every departure is excluded" + ("" if texts.is_cold else "; temperature 0 is not served, which hides small departures"),
+        to_resolve="Ask the host for logprobs, which tell in a few answers; or raise --max-requests",
+    )  # fmt: skip
+
+
+def _differs(texts: TextEvidence, policy: Policy, common: dict[str, Any], basis: str, differing: int) -> Finding:
+    library = texts.library
+    what = (
+        f"{basis}: {differing} of {texts.cold.count} are not the reference's at temperature 0 and come again, where an honest stack gives another one at {library.flips_allowed:.1%} at most beyond its noise"
+        if texts.is_cold
+        else f"{basis}: {texts.answers} answers at an unknown temperature are none of an honest stack"
+    )
+    best = text_explanation(texts, policy)
+    record = library.departure(best) if best is not None else None
+    if best is None or not isinstance(record, StackRecord):
+        return Finding(**common, outcome="inconsistent", cause="none_of_these", summary=f"{what}; no recorded departure of the weights explains them")  # fmt: skip
+    cause: Cause | None = record.departure
+    name = exact_variant(texts, best, policy)
+    matching = f", which gives {texts.matches[best]:.0%} of these answers" if texts.cold.count else ""
+    return Finding(
+        **common, outcome="inconsistent", cause=cause, exact_variant=name, family=record.departure_class,
+        summary=f"{what}; they are those of {record.description if name else 'the family ' + str(record.departure_class)}{matching}",
+    )  # fmt: skip
+
+
+def _finest(texts: TextEvidence) -> str:
+    """The most bits a weight of what texts can tell, for a sentence."""
+    bits = [
+        r.bits_held
+        for i, can in zip(texts.library.departures, texts.library.excludable, strict=True)
+        if can
+        and isinstance(r := texts.library.departure(i), StackRecord)
+        and r.departure == "precision"
+        and r.bits_held
+    ]
+    return f"at most {max(bits):.2g} bits" if bits else "another precision"
+
+
+def _share_interval(found: int, of: int) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share."""
+    tail = 1 - (1 - CONFIDENCE) / 2
+    return 1 - share_upper_limit(of - found, of, tail), share_upper_limit(found, of, tail)
+
+
+def _details(texts: TextEvidence) -> dict[str, Any]:
+    """What the report draws: the course of the evidence, and how well each recorded departure explains the answers."""
+    library = texts.library
+    ranked = sorted(library.departures, key=lambda i: -float(texts.gain_nats[i]))
+    rows = []
+    for i in ranked:
+        record = library.departure(i)
+        stack = isinstance(record, StackRecord)
+        rows.append({
+            "departure": (record.variant or record.id) if isinstance(record, StackRecord) else record.id, "recorded_as": record.id,
+            "kind": record.departure_class if isinstance(record, StackRecord) else "prompt", "is_weights": stack,
+            "log10_gain": float(texts.gain_nats[i]) / LOG10, "matches": float(texts.matches[i]),
+        })  # fmt: skip
+    return {
+        "text_course": [
+            {"log10_e": float(total) / LOG10, "flips": int(flips)}
+            for total, flips in zip(texts.log_total, np.concatenate([texts.flips.cumsum(), np.full(texts.drawn.count, texts.flips.sum())]), strict=True)
+        ],
+        "text_departures": rows,
+        "temperature_0_served": texts.is_cold,
+        "wavering": texts.wavering,
+        "drawn": texts.drawn.count,
+        "flips_allowed": library.flips_allowed,
+        "honest_limit_nats": library.limit_nats,
+        "contexts": int(library.cold.size),
+    }  # fmt: skip

@@ -1,0 +1,466 @@
+"""Where an endpoint returns only text: what its first tokens are evidence for. Levels L4 (temperature 0) and L5 (any other).
+
+At temperature 0 an honest stack gives the reference's likeliest token wherever that leads by more than the stacks' own noise; a departure
+often does not. A token that is not the reference's is asked for again: weights give it twice, a temperature seldom does. So two nulls are
+held against the answers, and a host differs only where both fall: an honest stack at temperature 0, and one at any other temperature and
+truncation, whichever explains the answers best.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from weighbridge.judge.library import build_library, travels
+from weighbridge.records import Observation, Plan, PlannedRequest, Policy, again_twin, drawn_twin
+from weighbridge.reference.bundle import Bundle, HypothesisRecord, StackRecord
+from weighbridge.reference.contexts import Contexts, cold_probes, contexts_of
+from weighbridge.stats.draws import at_temperature
+from weighbridge.stats.evidence import bounded_score_process, mixture
+from weighbridge.stats.residuals import share_upper_limit
+from weighbridge.stats.texts import TEMPERATURES, answer_log_likelihood, flip_probability, noise_temperature
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+TOP_LOGPROBS = 20  # over which the noise of honest stacks is stated
+# Multiples of the honest limit at which bets on a departure of that size are placed, and shares of the wealth that are staked.
+NOISE_MULTIPLES = (3.0, 6.0, 16.0)
+STAKES = (1.0, 0.4, 0.12)
+# However much an honest stack may still answer otherwise on the probes that are left, it is held to at least this much of it.
+LEAST_LEFT = 0.25
+CONFIDENCE = 0.95
+# Answers that did not come again: from so many on, temperature 0 is not what is served.
+NOT_COLD = 2
+# A departure that takes more answers than this to be excluded, on average, is not waited for.
+EXCLUDABLE_WITHIN = 60
+# A departure that every engine rounds anew may be this much smaller on another one.
+STEADIER = 1.25
+Departure = StackRecord | HypothesisRecord
+Twin = Callable[[PlannedRequest], PlannedRequest]
+
+
+@dataclass(frozen=True, eq=False)
+class TextLibrary:
+    """What honest and other stacks say first, in every context; S distributions, N contexts.
+
+    Attributes
+    ----------
+    contexts : Contexts
+    cold : int array, shape (M,)
+        The contexts that are asked at temperature 0.
+    honest : list of int
+        Distributions that the policy accepts, the reference first.
+    departures : list of int
+        All others: stacks, and the reference under other renderings.
+    limit_nats : float
+        Noise that an honest stack may have.
+    outlier_share : float
+        Share of answers that may be anything, whatever is served.
+    flips_allowed : float
+        Share of the contexts at which an honest stack may answer otherwise, beyond what its noise explains: the upper limit (95 %) of
+        the family that does so most.
+    flip_at_most : float array, shape (N,)
+        Probability of another answer than the reference's at temperature 0.
+    stays_nats : float array, shape (S, N)
+        Logprob of the reference's answer at temperature 0.
+    excludable : bool array, shape (D,)
+        Which departures so many answers as are waited for are expected to tell from an honest stack.
+    """
+
+    contexts: Contexts
+    cold: Ints
+    honest: list[int]
+    departures: list[int]
+    limit_nats: float
+    outlier_share: float
+    flips_allowed: float
+    flip_at_most: Floats
+    stays_nats: Floats
+    excludable: NDArray[np.bool_]
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Those of the tables; the first one stands for temperature 0 with an engine's noise."""
+        return (noise_temperature(self.limit_nats), *TEMPERATURES)
+
+    def departure(self, index: int) -> Departure:
+        """What a distribution was recorded from."""
+        stacks = self.contexts.stacks
+        return stacks[index] if index < len(stacks) else self.contexts.renderings[index - len(stacks)]
+
+    def columns_of(self, place: int, text: str, completion_tokens: int | None) -> tuple[int, ...]:
+        """The tokens that an answer can begin with: by its text, or, where more than one was generated, by its beginning."""
+        names, text = self.contexts.names[place], text.strip()
+        if text in names:
+            return names[text]
+        if completion_tokens is not None and completion_tokens > 1:
+            begins = max((name for name in names if name and text.startswith(name)), key=len, default=None)
+            if begins is not None:
+                return names[begins]
+        return (self.contexts.tokens_nats.shape[2] - 1,)
+
+    def is_in_doubt(self, observation: Observation) -> bool:
+        """Whether an answer at temperature 0 is not the reference's, so that it is worth asking for again."""
+        place = self.contexts.index.get(observation.probe_id)
+        columns = _columns(self, place, observation) if place is not None else None
+        return columns is not None and place is not None and self.contexts.likeliest[0, place] not in columns
+
+    def log_likelihood(self, place: int, columns: tuple[int, ...]) -> Floats:
+        """Logprob of an answer under every distribution; shape (S, temperatures, truncations)."""
+        return _answer(self, place, columns)
+
+
+@lru_cache(maxsize=1024)
+def _answer(library: TextLibrary, place: int, columns: tuple[int, ...]) -> Floats:
+    tokens = library.contexts.tokens_nats[:, place]
+    members = np.zeros(tokens.shape[1], np.bool_)
+    members[list(columns)] = True
+    return answer_log_likelihood(tokens, members, library.temperatures, outlier_share=library.outlier_share)
+
+
+def build_text_library(bundle: Bundle, policy: Policy) -> TextLibrary | None:
+    """What is compared with; the same for every audit against a bundle under a policy. None where it holds too little.
+
+    Raises
+    ------
+    BundleError
+        If the bundle cannot be judged against at all.
+    """
+    return _built(bundle, policy.model_dump_json(by_alias=True))
+
+
+@lru_cache(maxsize=4)
+def _built(bundle: Bundle, policy_text: str) -> TextLibrary | None:
+    policy = Policy.model_validate_json(policy_text)
+    contexts = contexts_of(bundle)
+    if contexts is None:
+        return None
+    index = contexts.index
+    cold = np.array([index[probe_id] for probe_id in cold_probes(contexts)], np.int64)
+    limit = max(null.limit_nats for null in build_library(bundle, policy, TOP_LOGPROBS).nulls)
+    stacks = contexts.stacks
+    honest = [i for i, s in enumerate(stacks) if s.departure is None or s.departure_class in policy.accepts]
+    others = [i for i in range(contexts.tokens_nats.shape[0]) if i not in honest]
+    allowed = _flips_allowed(contexts, cold, honest)
+    at_most = flip_probability(contexts.lead_nats, limit) + allowed
+    stays = _stays(contexts, others, noise_temperature(limit))
+    gain = np.log1p(-np.minimum(at_most, 0.5)) - np.log(np.maximum(np.exp(stays), policy.outlier_share))
+    enough = np.log(policy.consistent_e_value) / min(EXCLUDABLE_WITHIN, max(1, cold.size))
+    return TextLibrary(
+        contexts=contexts, cold=cold, honest=honest, departures=others, limit_nats=limit, outlier_share=policy.outlier_share,
+        flips_allowed=allowed, flip_at_most=at_most, stays_nats=stays, excludable=gain[others][:, cold].mean(axis=1) >= enough,
+    )  # fmt: skip
+
+
+def _stays(contexts: Contexts, departures: list[int], temperature: float) -> Floats:
+    """Logprob of the reference's answer under every distribution at temperature 0; shape (S, N)."""
+    out = np.zeros(contexts.tokens_nats.shape[:2])
+    likeliest = contexts.likeliest[0]
+    for place, names in enumerate(contexts.names):
+        same = next(columns for columns in names.values() if likeliest[place] in columns)
+        cold = at_temperature(contexts.tokens_nats[:, place].copy(), temperature)
+        out[:, place] = special.logsumexp(cold[:, list(same)], axis=1)
+    for i in departures:
+        stack = contexts.stacks[i] if i < len(contexts.stacks) else None
+        if stack is not None and not travels(stack):
+            # Rounded anew by every engine: how often it answers otherwise is known, and not where.
+            out[i] = np.log1p(-flip_probability(contexts.lead_nats, (stack.noise_nats or 0.0) / STEADIER))
+    return out
+
+
+def _flips_allowed(contexts: Contexts, cold: Ints, honest: list[int]) -> float:
+    """The upper limit of the share of contexts at which the least steady stack of any honest family answers otherwise."""
+    likeliest = contexts.likeliest
+    found: dict[str, tuple[int, int]] = {}
+    for i in honest[1:]:
+        known = cold[contexts.recorded[i, cold]]
+        flips = int((likeliest[i, known] != likeliest[0, known]).sum())
+        most, asked = found.get(contexts.stacks[i].family, (0, 0))
+        found[contexts.stacks[i].family] = max(most, flips), max(asked, int(known.size))
+    limits = [share_upper_limit(flips, asked, CONFIDENCE) for flips, asked in found.values() if asked]
+    return max(limits, default=1.0)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """First tokens that came back, in the order of the draw; n of them.
+
+    Attributes
+    ----------
+    places : int array, shape (n,)
+        Context of each.
+    columns : list of tuple of int
+        The tokens that each can be.
+    again : list of tuple of int or None
+        The same of the second answer, where one was asked for and came.
+    asked : int
+        How many contexts were asked.
+    """
+
+    places: Ints
+    columns: list[tuple[int, ...]]
+    again: list[tuple[int, ...] | None]
+    asked: int
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.columns)
+
+
+@dataclass(frozen=True)
+class TextEvidence:
+    """The evidence of texts after each answer; n answers (those at temperature 0 first), S distributions, D departures.
+
+    Attributes
+    ----------
+    library : TextLibrary
+    cold, drawn : Answers
+        Asked at temperature 0, and at temperature 1 where 0 is not served.
+    flips : bool array, shape (cold answers,)
+        Another answer than the reference's, and the same when it was asked for again.
+    wavering : int
+        Answers that were another one when they were asked for again.
+    log_cold : float array, shape (cold answers,)
+        Log e-process against "an honest stack at temperature 0".
+    log_warm : float array, shape (cold answers,)
+        Against "an honest stack at some other temperature".
+    log_total : float array, shape (n,)
+        Against both.
+    gain_nats : float array, shape (S,)
+        By how much each distribution explains the answers better than a departure of no recorded kind does, over the contexts that it
+        was recorded for.
+    log_exclusion : float array, shape (D, n)
+        Log e-process against "this departure is served".
+    matches : float array, shape (S,)
+        Share of the answers at temperature 0 that are the distribution's own likeliest one.
+    """
+
+    library: TextLibrary
+    cold: Answers
+    drawn: Answers
+    flips: NDArray[np.bool_]
+    wavering: int
+    log_cold: Floats
+    log_warm: Floats
+    log_total: Floats
+    gain_nats: Floats
+    log_exclusion: Floats
+    matches: Floats
+
+    @property
+    def answers(self) -> int:
+        """How many answers count."""
+        return self.cold.count + self.drawn.count
+
+    @property
+    def asked(self) -> int:
+        """How many contexts were asked, those without an answer included."""
+        return self.cold.asked + self.drawn.asked
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether temperature 0 is served, as far as was seen."""
+        return self.wavering < NOT_COLD
+
+
+def weigh_texts(library: TextLibrary, plan: Plan, observations: dict[str, Observation]) -> TextEvidence | None:
+    """Compute the evidence of all answers so far; None where there is none."""
+    cold = _answers(library, plan.text_requests, observations, again_twin)
+    drawn = _answers(library, [drawn_twin(r) for r in plan.probe_requests], observations, None)
+    if cold.count + drawn.count == 0:
+        return None
+    reference = library.contexts.likeliest[0]
+    differs = np.array([reference[p] not in c for p, c in zip(cold.places, cold.columns, strict=True)], np.bool_)
+    same = np.array([a is None or a == c for a, c in zip(cold.again, cold.columns, strict=True)], np.bool_)
+    confirmed = np.array([a is not None for a in cold.again], np.bool_) & same
+    flips = differs & confirmed
+    by_cold = _against_cold(library, cold, flips)
+    tables = np.array([library.log_likelihood(p, c) for p, c in zip(cold.places.tolist(), cold.columns, strict=True)])
+    again = np.array([
+        library.log_likelihood(p, a) if a is not None else np.zeros(_table_shape(library))
+        for p, a in zip(cold.places.tolist(), cold.again, strict=True)
+    ])  # fmt: skip
+    warm, steady, generic = _warm_likelihoods(library, cold, tables, again, same)
+    by_warm = _against_warm(library, warm, steady, generic)
+    later = np.array([library.log_likelihood(p, c) for p, c in zip(drawn.places.tolist(), drawn.columns, strict=True)])
+    first = np.minimum(by_cold, by_warm)
+    log_total = np.concatenate([first, (first[-1] if first.size else 0.0) + _against_drawn(library, drawn, later)])
+    return TextEvidence(
+        library=library, cold=cold, drawn=drawn, flips=flips, wavering=int((~same).sum()), log_cold=by_cold, log_warm=by_warm,
+        log_total=log_total, gain_nats=_gains(library, cold, steady, generic) + _drawn_gains(library, drawn, later), log_exclusion=_exclusions(library, cold, tables, drawn, later),
+        matches=_matches(library, cold),
+    )  # fmt: skip
+
+
+def _table_shape(library: TextLibrary) -> tuple[int, ...]:
+    return library.log_likelihood(0, (0,)).shape
+
+
+def _answers(
+    library: TextLibrary, requests: Iterable[PlannedRequest], observations: dict[str, Observation], twin: "Twin | None"
+) -> Answers:
+    """The answers to some requests, each probe once; those that are in doubt and were not asked for again are left out."""
+    index, reference = library.contexts.index, library.contexts.likeliest[0]
+    places: list[int] = []
+    columns: list[tuple[int, ...]] = []
+    again: list[tuple[int, ...] | None] = []
+    asked = 0
+    for request in requests:
+        observation = observations.get(request.request_id)
+        place = index.get(request.probe.id)
+        if observation is None or place is None:
+            continue
+        asked += 1
+        first = _columns(library, place, observation)
+        if first is None:
+            continue
+        second = None
+        if twin is not None and reference[place] not in first:
+            repeat = observations.get(twin(request).request_id)
+            second = _columns(library, place, repeat) if repeat is not None else None
+            if second is None:
+                asked -= repeat is None
+                continue
+        places.append(place)
+        columns.append(first)
+        again.append(second)
+    return Answers(np.array(places, np.int64), columns, again, asked)
+
+
+def _columns(library: TextLibrary, place: int, observation: Observation) -> tuple[int, ...] | None:
+    if not observation.answered or (observation.text is None and observation.fault != "end_of_turn"):
+        return None
+    return library.columns_of(place, observation.text or "", observation.completion_tokens)
+
+
+def _against_cold(library: TextLibrary, cold: Answers, flips: NDArray[np.bool_]) -> Floats:
+    """Log e-process against honest stacks at temperature 0, whatever they do on the share of contexts that is allowed.
+
+    A bet's score is the likelihood ratio of an answer, with the most that an honest stack can have for another answer; so its mean over
+    the contexts is at most 1 for every honest stack, and they are drawn without replacement.
+    """
+    if cold.count == 0:
+        return np.zeros(0)
+    at_most = library.flip_at_most[cold.places]
+    lead = library.contexts.lead_nats[cold.places]
+    scores = []
+    for multiple in NOISE_MULTIPLES:
+        q = np.maximum(flip_probability(lead, multiple * library.limit_nats), at_most)
+        scores.append(np.where(flips, q / at_most, (1 - q) / (1 - at_most)))
+    generic = len(scores)
+    likelihood = np.array([
+        library.log_likelihood(p, c)[library.departures, 0, 0] if flip or a is None else np.nan * np.ones(len(library.departures))
+        for p, c, a, flip in zip(cold.places.tolist(), cold.columns, cold.again, flips.tolist(), strict=True)
+    ]).T  # fmt: skip
+    own = np.exp(likelihood)
+    # What did not come again is no flip: it counts as kept by everybody.
+    scores += list(np.where(np.isfinite(own), np.where(flips, own / at_most, own / (1 - at_most)), 1.0))
+    weights = np.array([0.5 / generic] * generic + [0.5 / max(1, len(library.departures))] * len(library.departures))
+    pool = np.ones((1, library.cold.size))
+    bets, shares = [], []
+    for score, weight in zip(scores, weights, strict=True):
+        for stake in STAKES:
+            bets.append(bounded_score_process(score, pool, cap=1.0, outlier_share=LEAST_LEFT, stake=stake))
+            shares.append(weight)
+    return mixture(np.array(bets), np.array(shares))
+
+
+def _warm_likelihoods(
+    library: TextLibrary, cold: Answers, tables: Floats, again: Floats, same: NDArray[np.bool_]
+) -> tuple[Floats, Floats, Floats]:
+    """Logprobs of answers and their repeats: drawn anew (n, S, warm temperatures, truncations), or steady at temperature 0 (n, S).
+
+    The third, of shape (n, temperatures): steady, by the reference's own distribution at each temperature, which is what noise of any size
+    makes of it.
+    """
+    if cold.count == 0:
+        shape = _table_shape(library)
+        return np.zeros((0, shape[0], shape[1] - 1, shape[2])), np.zeros((0, shape[0])), np.zeros((0, shape[1]))
+    repeated = np.array([a is not None for a in cold.again], np.bool_)
+    wavers = np.log(library.outlier_share) + again[:, 0, 0, 0]
+    kept = np.where(repeated, np.where(same, np.log1p(-library.outlier_share), wavers), 0.0)
+    warm = tables[:, :, 1:] + again[:, :, 1:]
+    return warm, tables[:, :, 0, 0] + kept[:, None], tables[:, 0, :, 0] + kept[:, None]
+
+
+def _against_warm(library: TextLibrary, warm: Floats, steady: Floats, generic: Floats) -> Floats:
+    """Log e-process against honest stacks at any temperature but 0: the best of them, at each moment, against a mixture."""
+    if len(warm) == 0:
+        return np.zeros(0)
+    honest = warm[:, library.honest].cumsum(axis=0).reshape(len(warm), -1).max(axis=1)
+    others = steady[:, library.departures].cumsum(axis=0)
+    drawn = warm[:, library.departures].cumsum(axis=0).reshape(len(warm), -1)
+    kinds = [_log_mean(generic.cumsum(axis=0)), _log_mean(others), _log_mean(drawn)]
+    return np.asarray(special.logsumexp(kinds, axis=0) - np.log(len(kinds)) - honest)
+
+
+def _against_drawn(library: TextLibrary, drawn: Answers, tables: Floats) -> Floats:
+    """Log e-process of answers at temperature 1 against honest stacks at any, 0 included."""
+    if drawn.count == 0:
+        return np.zeros(0)
+    held = tables.copy()
+    allowed = np.log(library.flips_allowed + library.outlier_share)
+    held[:, library.honest, 0] = np.logaddexp(held[:, library.honest, 0], allowed)
+    course = held.cumsum(axis=0)
+    honest = course[:, library.honest].reshape(drawn.count, -1).max(axis=1)
+    return np.asarray(_log_mean(course[:, library.departures].reshape(drawn.count, -1)) - honest)
+
+
+def _gains(library: TextLibrary, cold: Answers, steady: Floats, generic: Floats) -> Floats:
+    """At temperature 0: each distribution's likelihood over that of noise of the size that suits the answers best; shape (S,)."""
+    if cold.count == 0:
+        return np.zeros(_table_shape(library)[0])
+    known = library.contexts.recorded[:, cold.places].T
+    return np.asarray(np.where(known, steady, 0.0).sum(axis=0) - (known.T.astype(np.float64) @ generic).max(axis=1))
+
+
+def _drawn_gains(library: TextLibrary, drawn: Answers, tables: Floats) -> Floats:
+    """At any other: over that of the honest stack that suits them best."""
+    if drawn.count == 0:
+        return np.zeros(_table_shape(library)[0])
+    known = library.contexts.recorded[:, drawn.places].T
+    own = np.where(known[:, :, None, None], tables, 0.0).sum(axis=0).max(axis=(1, 2))
+    honest = np.einsum("ns,nbtk->sbtk", known.astype(np.float64), tables[:, library.honest])
+    return np.asarray(own - honest.reshape(len(own), -1).max(axis=1))
+
+
+def _log_mean(logs: Floats) -> Floats:
+    return np.asarray(special.logsumexp(logs, axis=1) - np.log(logs.shape[1]))
+
+
+def _exclusions(library: TextLibrary, cold: Answers, tables: Floats, drawn: Answers, later: Floats) -> Floats:
+    """For every departure the evidence that it is not served, at whatever temperature and truncation."""
+    reference = library.contexts.likeliest[0]
+    stays = np.array([reference[p] in c for p, c in zip(cold.places, cold.columns, strict=True)], np.bool_)
+    at_most = library.flip_at_most[cold.places]
+    anything = np.log(library.outlier_share)
+    parts = []
+    before = np.zeros(len(library.departures))
+    if cold.count:
+        honest = np.where(stays, np.log1p(-at_most), anything + tables[:, 0, 0, 0]).cumsum()
+        own = tables[:, library.departures, 1:].cumsum(axis=0).reshape(cold.count, len(library.departures), -1)
+        steady = np.where(
+            stays, np.maximum(library.stays_nats[library.departures][:, cold.places], anything), tables[:, library.departures, 0, 0].T
+        ).cumsum(axis=1)  # fmt: skip
+        parts.append(honest - np.maximum(own.max(axis=2).T, steady))
+        before = parts[0][:, -1]
+    if drawn.count:
+        course = later.cumsum(axis=0)
+        honest = _log_mean(course[:, library.honest].reshape(drawn.count, -1))
+        own = course[:, library.departures].reshape(drawn.count, len(library.departures), -1).max(axis=2).T
+        parts.append(before[:, None] + honest - own)
+    return np.concatenate(parts, axis=1)
+
+
+def _matches(library: TextLibrary, cold: Answers) -> Floats:
+    """The share of answers at temperature 0 that are each distribution's own likeliest one, where it was recorded."""
+    if cold.count == 0:
+        return np.zeros(library.contexts.tokens_nats.shape[0])
+    likeliest = library.contexts.likeliest[:, cold.places]
+    own = np.array([[best in c for best in likeliest[:, i]] for i, c in enumerate(cold.columns)], np.bool_).T
+    known = library.contexts.recorded[:, cold.places]
+    return np.asarray((own & known).sum(axis=1) / np.maximum(known.sum(axis=1), 1))
