@@ -181,7 +181,7 @@ def make_plan(
         probe_requests=probes,
         sampling_requests=sampling,
         text_requests=texts,
-        estimate=_estimate(endpoint, bundle, len(route), [*capability, *prompts, *sampling], probes),
+        estimate=_estimate(endpoint, bundle, len(route), [*capability, *prompts, *sampling], probes, texts),
     )
 
 
@@ -269,17 +269,30 @@ def _path_to_remember(bundle: Bundle | None) -> str | None:
 
 
 def _estimate(
-    endpoint: Endpoint, bundle: Bundle | None, free: int, fixed: list[PlannedRequest], probes: list[PlannedRequest]
+    endpoint: Endpoint,
+    bundle: Bundle | None,
+    free: int,
+    fixed: list[PlannedRequest],
+    probes: list[PlannedRequest],
+    texts: list[PlannedRequest],
 ) -> Estimate:
-    """The most that can be sent: so many that cost no tokens, what is always asked, and then probes until the limit."""
-    requests = min(endpoint.limits.max_requests, free + len(fixed) + len(probes))
+    """The most that can be sent: so many that cost no tokens, what is always asked, and then probes until the limit.
+
+    These are the probes with logprobs, or those of text and their repeats, whichever are dearer.
+    """
+    both = [probes, [twin for request in texts for twin in (request, request)]]
+    requests = min(endpoint.limits.max_requests, free + len(fixed) + max(len(one) for one in both))
     first = fixed[: max(0, requests - free)]
     tokens = sum(worst_case_tokens(request)[0] for request in first)
     completion = sum(worst_case_tokens(request)[1] for request in first)
     if bundle is not None:
-        sent = probes[: max(0, requests - free - len(first))]
-        tokens += int(sum(bundle.prompt_tokens[0, bundle.probe_index[request.probe.id]] for request in sent))
-        completion += sum(request.max_tokens for request in sent)
+        left = max(0, requests - free - len(first))
+        prompts = [
+            sorted((int(bundle.prompt_tokens[0, bundle.probe_index[r.probe.id]]) for r in one), reverse=True)
+            for one in both
+        ]
+        tokens += max(sum(one[:left]) for one in prompts)
+        completion += max(sum(r.max_tokens for r in one[:left]) for one in both)
     cost = endpoint.price.cost_usd(tokens, completion) if endpoint.price else None
     source = "the endpoint's [price], retries not counted" if endpoint.price else "no price was given"
     return Estimate(

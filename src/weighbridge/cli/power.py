@@ -13,7 +13,8 @@ from weighbridge.cli.reference_licence import plain
 from weighbridge.errors import ConfigurationError
 from weighbridge.judge.library import build_library
 from weighbridge.judge.policy import load_policy
-from weighbridge.judge.power import DRAWS, Resolution, resolutions
+from weighbridge.judge.power import DRAWS, TEXT_LEVEL, Resolution, resolutions, text_resolutions
+from weighbridge.judge.texts import build_text_library
 from weighbridge.records import LogprobLevel, Policy, Price
 from weighbridge.reference.bundle import Bundle, load_bundle, unfit_to_judge
 
@@ -63,10 +64,14 @@ def power_command(
         talk.print(f"drawing audits at level {level}", markup=False, highlight=False)
         library = build_library(bundle, policy, top_logprobs, level)
         found += [_priced(r, rates) for r in resolutions(library, policy, draws=draws, seed=seed)]
+    texts = build_text_library(bundle, policy)
+    if texts is not None:
+        talk.print(f"drawing audits at level {TEXT_LEVEL}", markup=False, highlight=False)
+        found += [_priced(r, rates) for r in text_resolutions(texts, policy, draws=draws, seed=seed)]
     if as_json:
         print_json({
             "schema": "weighbridge/power/1", "reference": bundle.identity.model_dump(), "policy": policy.id, "differs_e_value": policy.differs_e_value,
-            "top_logprobs": top_logprobs, "draws": draws, "seed": seed, "levels": levels,
+            "top_logprobs": top_logprobs, "draws": draws, "seed": seed, "levels": [*levels, *([TEXT_LEVEL] if texts is not None else [])],
             "departures": [r.model_dump() | {"resolvable": r.resolvable} for r in found],
         }, ascii_only=True)  # fmt: skip
         return 0
@@ -86,7 +91,12 @@ def _show(bundle: Bundle, policy: Policy, found: list[Resolution], draws: int) -
         Text(plain(f"{bundle.manifest.id}, policy {policy.id}: answers until e ≥ {policy.differs_e_value:g}, median and 90 % of {draws} draws on the engine where it takes longest"))
     )  # fmt: skip
     for level in dict.fromkeys(r.level for r in found):
-        table = Table(box=None, padding=(0, 2, 0, 0), title=f"level {level}", title_justify="left")
+        table = Table(
+            box=None,
+            padding=(0, 2, 0, 0),
+            title=f"level {level}" + (", no logprobs" if level == TEXT_LEVEL else ""),
+            title_justify="left",
+        )
         table.add_column("departure")
         for heading in ("bits held", "noise, nats", "median", "90 %", "tokens in", "tokens out", "USD"):
             table.add_column(heading, justify="right")

@@ -5,16 +5,23 @@ activations or the KV cache would be rounded anew by another engine, so its reco
 then drawn from the pool as the keyed draw of a real one is.
 """
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from weighbridge.judge.answers import Residuals
 from weighbridge.judge.library import Library, Null, travels
 from weighbridge.judge.sizes import Features, against_honest, exclusion_processes, features_of
+from weighbridge.judge.texts import TextLibrary, cold_process, cold_scores, same_text
 from weighbridge.records import Finite, LogprobLevel, Policy, Record
+from weighbridge.reference.bundle import StackRecord
+from weighbridge.stats.draws import at_temperature
 from weighbridge.stats.residuals import own_top
 
 Floats = NDArray[np.float64]
+TEXT_LEVEL: Literal["L4"] = "L4"
 DRAWS = 200
 FEW_DRAWS = 10
 RESOLVED_SHARE = 0.9  # of draws that must reach the level
@@ -25,7 +32,7 @@ class Resolution(Record):
     """How many answers tell one departure from every honest stack at one level; the worst engine that it was put on."""
 
     variant: str
-    level: LogprobLevel
+    level: LogprobLevel | Literal["L4"]
     family: str | None
     bits_held: Finite | None
     noise_nats: Finite
@@ -39,7 +46,7 @@ class Resolution(Record):
 
     @property
     def resolvable(self) -> bool:
-        """Whether at least nine draws of ten reach the level within the pool and 120 answers."""
+        """Whether at least nine draws of ten reach the level within the pool and, where logprobs are compared, 120 answers."""
         return self.reached_share >= RESOLVED_SHARE
 
 
@@ -137,6 +144,68 @@ def resolutions(library: Library, policy: Policy, *, draws: int = DRAWS, seed: i
         features = drawn(put_on(library, v, stack), draws, generator)
         out.append(_resolution(library, v, stack, answers_to_differ(library, null, features, policy)))
     return sorted(out, key=lambda r: r.noise_nats)
+
+
+def text_resolutions(library: TextLibrary, policy: Policy, *, draws: int = DRAWS, seed: int = 1) -> list[Resolution]:
+    """The same where no logprobs are returned, at temperature 0: every departure's own likeliest tokens, as they were recorded.
+
+    Each answer that is not the reference's is asked for again, and comes again; these requests are counted. Against temperatures, the reference
+    stands for all honest stacks.
+    """
+    generator = np.random.default_rng(seed)
+    contexts = library.contexts
+    out = []
+    for index in library.departures:
+        stack = library.departure(index)
+        if not isinstance(stack, StackRecord):
+            continue
+        places = library.cold[contexts.recorded[index, library.cold]]
+        if places.size < policy.min_answers:
+            continue
+        cold, warm, flips = _text_bets(library, index, places)
+        order = np.argsort(generator.random((draws, places.size)), axis=1)
+        by_warm = special.logsumexp(warm[0][:, order].cumsum(axis=-1), axis=0) - np.log(len(warm[0]))
+        by_warm -= warm[1][:, order].cumsum(axis=-1).max(axis=0)
+        total = np.minimum(cold_process(library, cold[:, order]), by_warm)
+        needed = _first(total >= np.log(policy.differs_e_value), policy.min_answers)
+        repeats = flips[order].cumsum(axis=-1)
+        last = np.minimum(np.nan_to_num(needed, posinf=1), places.size).astype(np.int64) - 1
+        requests = needed + np.take_along_axis(repeats, last[:, None], axis=1)[:, 0]
+        median, p90 = (float(np.quantile(requests, q, method="higher")) for q in (0.5, 0.9))
+        tokens = float(contexts.prompt_tokens[places].mean())
+        out.append(Resolution(
+            variant=stack.id, level=TEXT_LEVEL, family=stack.departure_class, bits_held=stack.bits_held, noise_nats=stack.noise_nats or 0.0,
+            served_on="as recorded", reached_share=float(np.isfinite(needed).mean()),
+            requests_median=int(median) if np.isfinite(median) else None, requests_p90=int(p90) if np.isfinite(p90) else None,
+            prompt_tokens=round(median * tokens) if np.isfinite(median) else None,
+            completion_tokens=int(median) if np.isfinite(median) else None,
+        ))  # fmt: skip
+    return sorted(out, key=lambda r: r.noise_nats)
+
+
+def _text_bets(
+    library: TextLibrary, index: int, places: NDArray[np.int64]
+) -> tuple[Floats, tuple[Floats, Floats], NDArray[np.bool_]]:
+    """What a departure's own likeliest tokens score: against temperature 0; bets and honest likelihoods against others; and what flips."""
+    contexts = library.contexts
+    likeliest = contexts.likeliest[index, places]
+    flips = np.array(
+        [best not in same_text(contexts, int(p)) for p, best in zip(places, likeliest, strict=True)], np.bool_
+    )
+    zero = library.at_zero_nats[:, places, likeliest].astype(np.float64)
+    cold = cold_scores(library, places, flips, zero[library.departures])
+    reference = np.array([_at(library, temperature, places, likeliest) for temperature in library.temperatures])
+    kept = np.where(flips, np.log1p(-library.outlier_share), 0.0)
+    bets = np.concatenate([reference + kept, zero[library.departures] + kept])
+    return cold, (bets, reference[1:] * np.where(flips, 2.0, 1.0)), flips
+
+
+def _at(library: TextLibrary, temperature: float, places: NDArray[np.int64], tokens: NDArray[np.int64]) -> Floats:
+    """Logprob that the reference gives one token of each context at a temperature."""
+    own = library.contexts.tokens_nats[0, places]
+    at = np.arange(places.size)
+    drawn, plain = np.exp(at_temperature(own.copy(), temperature)[at, tokens]), np.exp(own[at, tokens])
+    return np.asarray(np.log((1 - library.outlier_share) * drawn + library.outlier_share * plain))
 
 
 def _resolution(library: Library, v: int, stack: int, needed: Floats) -> Resolution:

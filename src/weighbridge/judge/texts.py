@@ -34,8 +34,8 @@ LEAST_LEFT = 0.25
 CONFIDENCE = 0.95
 # Answers that did not come again: from so many on, temperature 0 is not what is served.
 NOT_COLD = 2
-# A departure that takes more answers than this to be excluded, on average, is not waited for.
-EXCLUDABLE_WITHIN = 60
+# Of the requests that are left for texts: a departure that is expected to take more answers than that is not waited for.
+WAITED_FOR = 0.6
 # A departure that every engine rounds anew may be this much smaller on another one.
 STEADIER = 1.25
 Departure = StackRecord | HypothesisRecord
@@ -64,8 +64,10 @@ class TextLibrary:
         the family that does so most.
     flip_at_most : float array, shape (N,)
         Probability of another answer than the reference's at temperature 0.
+    at_zero_nats : float array, shape (S, N, tokens + 1)
+        Logprob of every token at temperature 0, with an engine's noise, as `log_likelihood` has it.
     stays_nats : float array, shape (S, N)
-        Logprob of the reference's answer at temperature 0.
+        Logprob of the reference's answer at temperature 0; of what every engine rounds anew, by its size alone.
     excludable : bool array, shape (D,)
         Which departures so many answers as are waited for are expected to tell from an honest stack.
     """
@@ -78,8 +80,9 @@ class TextLibrary:
     outlier_share: float
     flips_allowed: float
     flip_at_most: Floats
+    at_zero_nats: NDArray[np.float32]
     stays_nats: Floats
-    excludable: NDArray[np.bool_]
+    exclusion_nats: Floats
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -146,29 +149,43 @@ def _built(bundle: Bundle, policy_text: str) -> TextLibrary | None:
     others = [i for i in range(contexts.tokens_nats.shape[0]) if i not in honest]
     allowed = _flips_allowed(contexts, cold, honest)
     at_most = flip_probability(contexts.lead_nats, limit) + allowed
-    stays = _stays(contexts, others, noise_temperature(limit))
+    at_zero = _at_zero(contexts, noise_temperature(limit), policy.outlier_share)
+    stays = _stays(contexts, others, at_zero)
     gain = np.log1p(-np.minimum(at_most, 0.5)) - np.log(np.maximum(np.exp(stays), policy.outlier_share))
-    enough = np.log(policy.consistent_e_value) / min(EXCLUDABLE_WITHIN, max(1, cold.size))
     return TextLibrary(
         contexts=contexts, cold=cold, honest=honest, departures=others, limit_nats=limit, outlier_share=policy.outlier_share,
-        flips_allowed=allowed, flip_at_most=at_most, stays_nats=stays, excludable=gain[others][:, cold].mean(axis=1) >= enough,
+        flips_allowed=allowed, flip_at_most=at_most, at_zero_nats=at_zero, stays_nats=stays,
+        exclusion_nats=gain[others][:, cold].mean(axis=1) if cold.size else np.zeros(len(others)),
     )  # fmt: skip
 
 
-def _stays(contexts: Contexts, departures: list[int], temperature: float) -> Floats:
+def _at_zero(contexts: Contexts, temperature: float, outlier_share: float) -> NDArray[np.float32]:
+    """Logprob of every token at temperature 0; the share of outliers is drawn at temperature 1."""
+    out: NDArray[np.float32] = np.empty(contexts.tokens_nats.shape, np.float32)
+    for place in range(len(contexts.names)):
+        own = contexts.tokens_nats[:, place]
+        mixed = (1 - outlier_share) * np.exp(at_temperature(own.copy(), temperature)) + outlier_share * np.exp(own)
+        out[:, place] = np.log(np.maximum(mixed, 1e-12))
+    return out
+
+
+def _stays(contexts: Contexts, departures: list[int], at_zero_nats: NDArray[np.float32]) -> Floats:
     """Logprob of the reference's answer under every distribution at temperature 0; shape (S, N)."""
     out = np.zeros(contexts.tokens_nats.shape[:2])
-    likeliest = contexts.likeliest[0]
-    for place, names in enumerate(contexts.names):
-        same = next(columns for columns in names.values() if likeliest[place] in columns)
-        cold = at_temperature(contexts.tokens_nats[:, place].copy(), temperature)
-        out[:, place] = special.logsumexp(cold[:, list(same)], axis=1)
+    for place in range(len(contexts.names)):
+        out[:, place] = special.logsumexp(at_zero_nats[:, place, list(same_text(contexts, place))], axis=1)
     for i in departures:
         stack = contexts.stacks[i] if i < len(contexts.stacks) else None
         if stack is not None and not travels(stack):
             # Rounded anew by every engine: how often it answers otherwise is known, and not where.
             out[i] = np.log1p(-flip_probability(contexts.lead_nats, (stack.noise_nats or 0.0) / STEADIER))
     return out
+
+
+def same_text(contexts: Contexts, place: int) -> tuple[int, ...]:
+    """The tokens that read as the reference's likeliest one."""
+    best = int(contexts.likeliest[0, place])
+    return next(columns for columns in contexts.names[place].values() if best in columns)
 
 
 def _flips_allowed(contexts: Contexts, cold: Ints, honest: list[int]) -> float:
@@ -182,6 +199,14 @@ def _flips_allowed(contexts: Contexts, cold: Ints, honest: list[int]) -> float:
         found[contexts.stacks[i].family] = max(most, flips), max(asked, int(known.size))
     limits = [share_upper_limit(flips, asked, CONFIDENCE) for flips, asked in found.values() if asked]
     return max(limits, default=1.0)
+
+
+def excludable(library: TextLibrary, plan: Plan) -> NDArray[np.bool_]:
+    """Which departures the requests that the plan allows are expected to exclude; shape (D,)."""
+    always = (plan.route_requests, plan.capability_requests, plan.prompt_requests, plan.sampling_requests)
+    left = plan.endpoint.limits.max_requests - sum(len(requests) for requests in always)
+    answers = min(WAITED_FOR * max(0, left), library.cold.size)
+    return np.asarray(library.exclusion_nats * answers >= np.log(plan.policy.consistent_e_value))
 
 
 @dataclass(frozen=True)
@@ -338,35 +363,63 @@ def _columns(library: TextLibrary, place: int, observation: Observation) -> tupl
 
 
 def _against_cold(library: TextLibrary, cold: Answers, flips: NDArray[np.bool_]) -> Floats:
-    """Log e-process against honest stacks at temperature 0, whatever they do on the share of contexts that is allowed.
-
-    A bet's score is the likelihood ratio of an answer, with the most that an honest stack can have for another answer; so its mean over
-    the contexts is at most 1 for every honest stack, and they are drawn without replacement.
-    """
+    """Log e-process against honest stacks at temperature 0, whatever they do on the share of contexts that is allowed."""
     if cold.count == 0:
         return np.zeros(0)
-    at_most = library.flip_at_most[cold.places]
-    lead = library.contexts.lead_nats[cold.places]
-    scores = []
-    for multiple in NOISE_MULTIPLES:
-        q = np.maximum(flip_probability(lead, multiple * library.limit_nats), at_most)
-        scores.append(np.where(flips, q / at_most, (1 - q) / (1 - at_most)))
-    generic = len(scores)
     likelihood = np.array([
-        library.log_likelihood(p, c)[library.departures, 0, 0] if flip or a is None else np.nan * np.ones(len(library.departures))
-        for p, c, a, flip in zip(cold.places.tolist(), cold.columns, cold.again, flips.tolist(), strict=True)
+        special.logsumexp(library.at_zero_nats[library.departures, p][:, list(c)], axis=1)
+        for p, c in zip(cold.places.tolist(), cold.columns, strict=True)
     ]).T  # fmt: skip
-    own = np.exp(likelihood)
     # What did not come again is no flip: it counts as kept by everybody.
-    scores += list(np.where(np.isfinite(own), np.where(flips, own / at_most, own / (1 - at_most)), 1.0))
-    weights = np.array([0.5 / generic] * generic + [0.5 / max(1, len(library.departures))] * len(library.departures))
+    wavers = np.array([a is not None for a in cold.again], np.bool_) & ~flips
+    return cold_process(library, cold_scores(library, cold.places, flips, np.where(wavers, np.nan, likelihood)))
+
+
+def cold_scores(library: TextLibrary, places: Ints, flips: NDArray[np.bool_], likelihood_nats: Floats) -> Floats:
+    """What each bet against honest stacks at temperature 0 scores by each answer.
+
+    A likelihood ratio, with the most that an honest stack can have for another answer than the reference's; so its mean over the
+    contexts is at most 1 for every honest stack.
+
+    Parameters
+    ----------
+    places : int array, shape (n,)
+    flips : bool array, shape (n,)
+        Whether the answer is another one than the reference's.
+    likelihood_nats : float array, shape (D, n)
+        Logprob of the answer under every departure; NaN where it counts as kept by all.
+
+    Returns
+    -------
+    float array, shape (bets, n)
+        Bets on a departure of some size, and then on every recorded one.
+    """
+    at_most, lead = library.flip_at_most[places], library.contexts.lead_nats[places]
+    by_size = [
+        np.maximum(flip_probability(lead, multiple * library.limit_nats), at_most) for multiple in NOISE_MULTIPLES
+    ]
+    generic = [np.where(flips, q / at_most, (1 - q) / (1 - at_most)) for q in by_size]
+    own = np.exp(likelihood_nats)
+    exact = np.where(np.isfinite(own), np.where(flips, own / at_most, own / (1 - at_most)), 1.0)
+    return np.concatenate([np.array(generic), exact])
+
+
+def cold_process(library: TextLibrary, scores: Floats) -> Floats:
+    """Log e-process of the bets together: contexts are drawn without replacement.
+
+    Parameters
+    ----------
+    scores : float array, shape (bets, ..., n)
+    """
+    generic, exact = len(NOISE_MULTIPLES), len(library.departures)
+    weights = np.array([0.5 / generic] * generic + [0.5 / max(1, exact)] * exact)
     pool = np.ones((1, library.cold.size))
-    bets, shares = [], []
-    for score, weight in zip(scores, weights, strict=True):
-        for stake in STAKES:
-            bets.append(bounded_score_process(score, pool, cap=1.0, outlier_share=LEAST_LEFT, stake=stake))
-            shares.append(weight)
-    return mixture(np.array(bets), np.array(shares))
+    bets = [
+        bounded_score_process(score, pool, cap=1.0, outlier_share=LEAST_LEFT, stake=stake)
+        for score in scores
+        for stake in STAKES
+    ]
+    return mixture(np.array(bets), np.repeat(weights, len(STAKES)))
 
 
 def _warm_likelihoods(

@@ -79,7 +79,7 @@ def _is_decided_by_texts(case: Case, texts: TextEvidence) -> bool:
     policy = case.plan.policy
     reached = text_differs_after(texts, policy)
     if reached is None:
-        return is_consistent_text(texts, policy)
+        return is_consistent_text(texts, case.plan)
     return text_explanation(texts, policy) is not None or texts.answers >= reached + ENOUGH_FOR_A_PROMPT
 
 
@@ -217,6 +217,10 @@ def _weights_that_can_be_judged(weights: Finding, case: Case, sampling: Finding)
             weights.model_copy(update={"summary": summary}),
             "whether the prompt or the weights are why is not known, so the weights are not judged", "Raw completions, or an endpoint that serves the official prompt, or the rendering that it serves in a bundle",
         )  # fmt: skip
+    if case.served != OFFICIAL and case.texts is not None:
+        return _open(
+            weights, "the prompt is another one, and texts tell one fault at a time", "Serve the official prompt, or ask the host for logprobs"
+        )  # fmt: skip
     if case.served != OFFICIAL:
         return weights.model_copy(
             update={"summary": f"Under the prompt that was served: {weights.summary[0].lower()}{weights.summary[1:]}"}
@@ -328,6 +332,13 @@ def _error_rate(case: Case, word: VerdictWord, cause: Cause | None) -> str:
                 "by honest draws at most once in as many audits; limits of a temperature are where its likelihood has fallen by 4 nats. A single night is not a replication."
             )
         families = case.library.families if case.library is not None else []
+        if case.texts is not None:
+            texts = case.texts.library
+            return (
+                f"If the endpoint were an honest stack, at whatever temperature, evidence of this size would be reached at any time in at most 1 of {policy.differs_e_value:g} draws. "
+                f"That bounds the error of the draw, not that of a kind of honest stack which the library lacks: it holds {len(families)} families ({', '.join(families)}), allows noise of "
+                f"{texts.limit_nats:.2g} nats, and another answer in {texts.flips_allowed:.1%} of the contexts whatever the reason. A single night is not a replication."
+            )
         limit = case.evidence.null.limit_nats if case.evidence is not None else policy.null_scale_floor_nats
         return (
             f"If the endpoint were one of the honest stacks that the policy describes, evidence of this size would be reached at any time in at most 1 of {policy.differs_e_value:g} draws. "

@@ -41,6 +41,7 @@ class Contexts:
     recorded : bool array, shape (S, N)
     lead_nats : float array, shape (N,)
         Of the reference's likeliest text over any other one.
+    prompt_tokens : int array, shape (N,)
     """
 
     probe_ids: list[str]
@@ -50,6 +51,7 @@ class Contexts:
     tokens_nats: Floats
     recorded: NDArray[np.bool_]
     lead_nats: Floats
+    prompt_tokens: NDArray[np.int64]
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -95,6 +97,9 @@ def _contexts(bundle: Bundle) -> Contexts | None:
         tokens_nats=np.stack([cell_logprobs(one) for one in values]),
         recorded=recorded,
         lead_nats=np.array([_lead(own, at) for own, at in zip(base, names, strict=True)]),
+        prompt_tokens=bundle.prompt_tokens[0, [bundle.probe_index[probe_id] for probe_id in probe_ids]].astype(
+            np.int64
+        ),
     )
 
 

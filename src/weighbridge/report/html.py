@@ -9,7 +9,7 @@ from weighbridge.canonical import write_atomically
 from weighbridge.judge.checks import prose
 from weighbridge.paths import data_path
 from weighbridge.report.document import Report
-from weighbridge.report.plots import course_plot, direction_plot, scale_plot
+from weighbridge.report.plots import course_plot, direction_plot, scale_plot, text_course_plot, text_departures_plot
 
 MARKS = {
     "consistent": "✓", "inconsistent": "≠", "inconclusive": "?", "not_supported": "–", "not_applicable": "–", "error": "!",
@@ -37,6 +37,11 @@ def write_html(folder: Path, report: Report) -> None:
             "scale": scale_plot(details),
             "direction": direction_plot(details),
             "course": course_plot(details, math.log10(report.policy.differs_e_value)),
+        }
+    if "text_course" in details:
+        pictures = {
+            "text_course": text_course_plot(details, math.log10(report.policy.differs_e_value)),
+            "text_departures": text_departures_plot(details),
         }
     page = environment.get_template("report.html").render(
         report=report, verdict=report.verdict, findings=report.findings.findings, capability=report.findings.capability,

@@ -118,6 +118,52 @@ def course_plot(details: dict[str, Any], threshold: float) -> str:
     return svg(paint, height=3.0, title="Evidence against the honest library after each answer")
 
 
+def text_course_plot(details: dict[str, Any], threshold: float) -> str:
+    """Evidence against the honest library after each first token, and how many were not the reference's."""
+
+    def paint(axes: Axes) -> None:
+        course = details["text_course"]
+        answers = range(1, len(course) + 1)
+        axes.axhline(threshold, color=MARKED, linewidth=1, linestyle="--")
+        axes.text(1, threshold, " differs", va="bottom", color=MARKED)
+        axes.plot(
+            answers, [max(row["log10_e"], -6) for row in course], color=INK, linewidth=2, marker=".", label="evidence"
+        )
+        before = [0, *(row["flips"] for row in course)]
+        others = [n for n in answers if before[n] > before[n - 1]]
+        axes.plot(
+            others,
+            [max(course[n - 1]["log10_e"], -6) for n in others],
+            "s",
+            color=MARKED,
+            markersize=6,
+            linestyle="none",
+            label="not the reference's",
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("answers, one token each")
+        axes.set_ylabel("log10 of the evidence (e-value)")
+        axes.legend(frameon=False, loc="best")
+
+    return svg(paint, height=3.0, title="Evidence against the honest library after each first token")
+
+
+def text_departures_plot(details: dict[str, Any]) -> str:
+    """How well each recorded departure explains the answers."""
+
+    def paint(axes: Axes) -> None:
+        rows = list(reversed(details["text_departures"][:FOREMOST]))
+        for height, row in enumerate(rows):
+            axes.plot([0, row["log10_gain"]], [height, height], color=SOFT, linewidth=2, zorder=2)
+            axes.plot(row["log10_gain"], height, "s" if row["is_weights"] else "^", color=INK, zorder=3)
+        axes.axvline(0, color=SOFT, linewidth=0.6)
+        axes.set_yticks(range(len(rows)), [row["recorded_as"] for row in rows])
+        axes.set_xlabel("log10 of how much better it explains the answers than noise of any size")
+
+    rows = min(FOREMOST, len(details["text_departures"]))
+    return svg(paint, height=0.34 * rows + 0.9, title="How well each recorded departure explains the answers")
+
+
 def svg(paint: Callable[[Axes], None], *, height: float, title: str) -> str:
     """Draw one picture as SVG text, the same bytes for the same numbers, without dates or addresses."""
     with mpl.rc_context(_STYLE):

@@ -19,6 +19,8 @@ TRUNCATIONS: tuple[tuple[str, float], ...] = (
     ("none", 0.0), ("min_p", 0.05), ("min_p", 0.1), ("top_k", 20), ("top_p", 0.95), ("top_p", 0.9),
 )  # fmt: skip
 
+_LEAST = 1e-12
+
 
 def noise_temperature(noise_nats: float) -> float:
     """The temperature at which a draw changes places as often as noise of a logprob does at temperature 0.
@@ -92,10 +94,13 @@ def answer_log_likelihood(
     -------
     float array, shape (stacks, temperatures, truncations)
     """
-    kept = kept_tokens(tokens_nats)
+    kept = kept_tokens(tokens_nats).astype(np.float64)
     out = np.empty((tokens_nats.shape[0], len(temperatures), len(TRUNCATIONS)))
     for t, temperature in enumerate(temperatures):
-        left = np.where(kept, at_temperature(tokens_nats.copy(), temperature), -np.inf)
-        out[:, t] = (special.logsumexp(left[:, :, members], axis=2) - special.logsumexp(left, axis=2)).T
-    plain = np.log(outlier_share) + special.logsumexp(tokens_nats[:, members], axis=1)
-    return np.asarray(np.logaddexp(np.log1p(-outlier_share) + out, plain[:, None, None]), np.float32)
+        weights = np.exp(at_temperature(tokens_nats.copy(), temperature))
+        total = np.einsum("rsk,sk->sr", kept, weights)
+        own = np.einsum("rsk,sk->sr", kept[:, :, members], weights[:, members])
+        out[:, t] = own / np.maximum(total, _LEAST)
+    plain = np.exp(tokens_nats[:, members]).sum(axis=1)[:, None, None]
+    mixed = (1 - outlier_share) * out + outlier_share * plain
+    return np.asarray(np.log(np.maximum(mixed, _LEAST)), np.float32)

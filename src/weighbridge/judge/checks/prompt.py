@@ -122,6 +122,10 @@ def _other_rendering(
         if np.isfinite(low)
         else ""
     ]
+    if case.texts is not None:
+        renderings = [h.id for h in case.texts.library.contexts.renderings]
+        matches = case.texts.matches[len(case.texts.library.contexts.stacks) + renderings.index(record.id)]
+        basis.append(f"{matches:.0%} of the first tokens that are recorded under it are its own")
     if hypothesis in by_counts:
         basis.append(f"the token counts of {reading.counted} prompts are its")
     elif reading.counted >= case.plan.policy.min_counted:

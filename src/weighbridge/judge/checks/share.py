@@ -1,10 +1,16 @@
 """For all requests, or for some: answers that stand out."""
 
+from typing import Any
+
 import numpy as np
 
 from weighbridge.judge.case import Case
+from weighbridge.judge.checks.texts import text_differs_after
 from weighbridge.judge.checks.weights import differs_after
+from weighbridge.judge.texts import TextEvidence
 from weighbridge.records import Effect, Finding
+from weighbridge.reference.bundle import StackRecord
+from weighbridge.stats.mixtures import Rates, share_interval
 from weighbridge.stats.residuals import share_upper_limit
 
 CONFIDENCE = 0.95
@@ -13,6 +19,8 @@ CONFIDENCE = 0.95
 def check_share(case: Case) -> Finding:
     """For all requests, or for some: how many answers stand out."""
     evidence, policy = case.evidence, case.plan.policy
+    if case.texts is not None:
+        return _share_of_texts(case, case.texts)
     if evidence is None or case.library is None or evidence.answers < policy.min_answers:
         return Finding(
             check="share",
@@ -29,9 +37,14 @@ def check_share(case: Case) -> Finding:
     limit = share_upper_limit(out + silent, evidence.asked, CONFIDENCE)
     if differs_after(evidence, policy) is not None:
         if case.mixed:
+            # How often what answers them would itself look honest is not known, so there is no upper limit but by that of what stands out.
+            rates = Rates(false_positive=policy.outlier_share, true_positive=1.0)
+            low, high = share_interval(evidence.features.log_scales > most_honest, rates, confidence=CONFIDENCE)
+            effect = Effect(name="share of requests that something else answered", value=out / n, low=low, high=high, unit="1", confidence=CONFIDENCE)  # fmt: skip
+            probes = [p for p, far in zip(case.residuals.probe_ids, evidence.features.log_scales > most_honest, strict=True) if far] if case.residuals is not None else []  # fmt: skip
             return Finding(
-                check="share", axis="share", outcome="inconsistent", cause="partial_routing", answers_used=n,
-                summary=f"Some of {n} answers are the reference's, {out} are further than {np.exp(most_honest):.2g} nats from it: something else answered some requests",
+                check="share", axis="share", outcome="inconsistent", cause="partial_routing", answers_used=n, effects=[effect], details={"stand_out": probes},
+                summary=f"Some of {n} answers are the reference's, {out} are further than {np.exp(most_honest):.2g} nats from it: something else answered some requests (between {low:.0%} and {high:.0%} of those that stand out so, 95 %)",
             )  # fmt: skip
         return Finding(
             check="share",
@@ -48,3 +61,35 @@ def check_share(case: Case) -> Finding:
         + f", so at most {limit:.0%} of requests were answered by something that is (95 % upper limit); a fainter departure of some requests would not stand out",
         to_resolve="299 answers of which none stands out bring the limit to 1 %",
     )  # fmt: skip
+
+
+def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
+    """Without logprobs an answer stands out where it is not the reference's; one token says little of one request."""
+    n = texts.cold.count
+    common: dict[str, Any] = {"check": "share", "axis": "share", "answers_used": n}
+    if text_differs_after(texts, case.plan.policy) is not None:
+        return Finding(**common, outcome="not_applicable", summary="The answers differ as a whole; by one token as text it is not told which of them something else gave")  # fmt: skip
+    coarse = [i for i, d in enumerate(texts.library.departures) if _is_coarse(texts, d)]
+    if n < case.plan.policy.min_answers or not texts.is_cold or not coarse:
+        return Finding(
+            **common, outcome="not_supported", summary="Too few texts at temperature 0 to tell one from another"
+        )
+    out = texts.flips.copy()
+    # Of the contexts that were asked, how often the 4-bit weights that do so least often answer otherwise.
+    distributions = [texts.library.departures[i] for i in coarse]
+    known = texts.library.contexts.recorded[distributions][:, texts.cold.places]
+    others = np.where(known, 1 - np.exp(texts.library.stays_nats[distributions][:, texts.cold.places]), 0.0)
+    asked = known.sum(axis=1)
+    told = float((others.sum(axis=1)[asked > 0] / asked[asked > 0]).min())
+    _, high = share_interval(out, Rates(false_positive=0.0, true_positive=told), confidence=CONFIDENCE, tails="upper")
+    return Finding(
+        **common, outcome="inconclusive", details={"stand_out": [texts.library.contexts.probe_ids[p] for p in texts.cold.places[out].tolist()]},
+        effects=[Effect(name="upper limit of the share that recorded 4-bit weights answered", value=high, unit="1", confidence=CONFIDENCE)],
+        summary=f"{int(out.sum())} of {n} first tokens are not the reference's, where recorded 4-bit weights give {told:.0%} others at least: such weights answered at most {high:.0%} of requests (95 % upper limit); a fainter departure, or a rarer one, would not stand out",
+        to_resolve="Logprobs, or more requests: 299 of which none stands out bring the limit to 1 % of what is always told",
+    )  # fmt: skip
+
+
+def _is_coarse(texts: TextEvidence, index: int) -> bool:
+    record = texts.library.departure(index)
+    return isinstance(record, StackRecord) and record.departure_class == "int4"

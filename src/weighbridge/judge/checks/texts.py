@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from weighbridge.judge.case import Case
-from weighbridge.judge.texts import TextEvidence
-from weighbridge.records import Cause, Effect, Finding, Policy
+from weighbridge.judge.texts import TextEvidence, excludable
+from weighbridge.records import Cause, Effect, Finding, Plan, Policy
 from weighbridge.reference.bundle import StackRecord
 from weighbridge.stats.evidence import first_crossing
 from weighbridge.stats.residuals import share_upper_limit
@@ -28,13 +28,16 @@ def excluded_by_text(texts: TextEvidence, policy: Policy) -> list[bool]:
     return [first_crossing(course, policy.consistent_e_value) is not None for course in texts.log_exclusion]
 
 
-def is_consistent_text(texts: TextEvidence, policy: Policy) -> bool:
-    """Whether every recorded departure of the weights that texts can tell within the answers waited for is excluded."""
+def is_consistent_text(texts: TextEvidence, plan: Plan) -> bool:
+    """Whether every recorded departure of the weights that texts can tell within the plan's requests is excluded."""
+    policy = plan.policy
     if texts.answers < min(policy.min_answers_consistent, texts.library.cold.size):
         return False
     if texts.answers < ANSWERED_SHARE * texts.asked or text_differs_after(texts, policy) is not None:
         return False
-    wanted = [can and is_stack for can, is_stack in zip(texts.library.excludable, _are_stacks(texts), strict=True)]
+    wanted = [
+        can and is_stack for can, is_stack in zip(excludable(texts.library, plan), _are_stacks(texts), strict=True)
+    ]
     excluded = excluded_by_text(texts, policy)
     return any(wanted) and all(done for done, want in zip(excluded, wanted, strict=True) if want)
 
@@ -101,9 +104,9 @@ def check_texts(case: Case) -> Finding:
     basis = f"No logprobs are returned, so first tokens were compared (level {level})"
     if text_differs_after(texts, policy) is not None:
         return _differs(texts, policy, common, basis, differing)
-    if is_consistent_text(texts, policy):
+    if is_consistent_text(texts, case.plan):
         what = (
-            f"{texts.cold.count - differing} of {texts.cold.count} are the reference's at temperature 0, where weights of {_finest(texts)} would often give another one"
+            f"{texts.cold.count - differing} of {texts.cold.count} are the reference's at temperature 0, where weights of {_finest(texts, case.plan)} would often give another one"
             if texts.is_cold
             else f"{n} answers at an unknown temperature are as the reference's"
         )
@@ -140,11 +143,11 @@ def _differs(texts: TextEvidence, policy: Policy, common: dict[str, Any], basis:
     )  # fmt: skip
 
 
-def _finest(texts: TextEvidence) -> str:
+def _finest(texts: TextEvidence, plan: Plan) -> str:
     """The most bits a weight of what texts can tell, for a sentence."""
     bits = [
         r.bits_held
-        for i, can in zip(texts.library.departures, texts.library.excludable, strict=True)
+        for i, can in zip(texts.library.departures, excludable(texts.library, plan), strict=True)
         if can
         and isinstance(r := texts.library.departure(i), StackRecord)
         and r.departure == "precision"
