@@ -25,6 +25,7 @@ from weighbridge.history.changes import BASELINE_NIGHTS, changes_of, first_alarm
 from weighbridge.history.fleetwide import FleetVerdict, judge_night
 from weighbridge.history.index import INDEX, MIGRATIONS, Run, endpoints, opened, refresh, runs
 from weighbridge.history.one_token import read_one_token_history
+from weighbridge.history.pools import pools_that_disagree
 from weighbridge.history.row import ROW, make_row, read_row, spent_usd, write_row
 from weighbridge.judge.policy import load_policy
 from weighbridge.plan import make_plan, worst_case_tokens
@@ -972,3 +973,41 @@ def test_a_plan_is_written_as_it_is_read(tmp_path: Path) -> None:
     """What the helpers above write is what an audit writes."""
     run = a_run(tmp_path / "run")
     assert plan_bytes(RunFolder(run).plan()) == (run / "plan.json").read_bytes()
+
+
+# -- between pools ----------------------------------------------------------------------------------------------
+
+
+def _on_pool(endpoint: str, night: str, pool: str | None, verdict: str, *, sealed: bool = False) -> Run:
+    cause = "precision" if verdict == "differs" else None
+    return {"endpoint": endpoint, "night": night, "verdict": verdict, "cause": cause, "pool": pool, "sealed": sealed}
+
+
+def test_who_is_consistent_on_one_pool_and_differs_on_another_is_named() -> None:
+    runs = [
+        _on_pool("evader", "2026-11-01", "a" * 64, "consistent"),
+        _on_pool("evader", "2026-11-03", "b" * 64, "differs", sealed=True),
+        _on_pool("evader", "2026-11-03", "a" * 64, "consistent"),
+        _on_pool("honest", "2026-11-03", "a" * 64, "consistent"),
+        _on_pool("honest", "2026-11-03", "b" * 64, "consistent", sealed=True),
+        _on_pool("altered", "2026-11-03", "a" * 64, "differs"),
+        _on_pool("altered", "2026-11-03", "b" * 64, "differs", sealed=True),
+        _on_pool("changed", "2026-11-01", "a" * 64, "consistent"),
+        _on_pool("changed", "2026-11-20", "b" * 64, "differs"),
+        _on_pool("same pool", "2026-11-01", "a" * 64, "consistent"),
+        _on_pool("same pool", "2026-11-02", "a" * 64, "differs"),
+        _on_pool("no pool", "2026-11-02", None, "differs"),
+        _on_pool("unsure", "2026-11-02", "a" * 64, "inconclusive"),
+        _on_pool("unsure", "2026-11-02", "b" * 64, "differs"),
+    ]
+    (found,) = pools_that_disagree(runs)
+    assert (found.endpoint, found.consistent_night, found.differs_night) == ("evader", "2026-11-03", "2026-11-03")
+    assert found.differs_sealed
+    assert "recognises" in found.sentence
+    assert "changed" not in found.sentence
+
+
+def test_pools_that_disagree_on_different_nights_leave_a_change_open() -> None:
+    runs = [_on_pool("e", "2026-11-01", "a" * 64, "consistent"), _on_pool("e", "2026-11-04", "b" * 64, "differs")]
+    (found,) = pools_that_disagree(runs)
+    assert "or it changed in between" in found.sentence

@@ -235,11 +235,16 @@ class Auditor:
         self._texts = build_text_library(bundle, self._plan.policy)
         pairs = [(request, again_twin(request)) for request in self._plan.text_requests]
         because = await self._send_until(collector, [r for pair in pairs for r in pair], self._decided_or_not_cold)
-        if because == NOT_COLD:
+        if because == NOT_COLD or (because == "unreachable" and self._refuses_cold()):
             because = await self._send_until(
                 collector, [drawn_twin(r) for r in self._plan.probe_requests], self._decided
             )
         return because or "probes_used_up"
+
+    def _refuses_cold(self) -> bool:
+        """Whether temperature 0 was refused, where other requests are answered."""
+        asked = [self._seen[r.request_id] for r in self._plan.text_requests if r.request_id in self._seen]
+        return bool(asked) and all(o.fault in ("http_400", "http_422", "error_object") for o in asked)
 
     def _decided_or_not_cold(self, seen: Seen) -> str | None:
         because = self._decided(seen)

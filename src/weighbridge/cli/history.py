@@ -1,5 +1,6 @@
 """weighbridge history."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -14,6 +15,8 @@ from weighbridge.errors import ConfigurationError
 from weighbridge.history.changes import LOOKED_AT, Change, changes_of, run_length
 from weighbridge.history.index import INDEX, Run, endpoints, opened, refresh, runs
 from weighbridge.history.one_token import read_one_token_history
+from weighbridge.history.pools import LOOKED_AT as POOLS_LOOKED_AT
+from weighbridge.history.pools import PoolsDisagree, pools_that_disagree
 from weighbridge.report.course import SHOWN, table_of_nights, write_course
 
 NIGHTS_SHOWN = 30
@@ -57,6 +60,7 @@ def history_command(
         everything = as_json or as_csv or plot is not None
         whole = runs(connection, endpoint=endpoint, last=None if everything else NIGHTS_SHOWN)
         looked_at = runs(connection, endpoint=endpoint, columns=LOOKED_AT)
+        disagree = pools_that_disagree(runs(connection, endpoint=endpoint, columns=POOLS_LOOKED_AT))
     if endpoint is not None and not whole:
         known = ", ".join(names[:10]) or "none"
         raise ConfigurationError(f"no run of {endpoint!r} lies under {root}", f"Known endpoints: {known}")
@@ -75,7 +79,7 @@ def history_command(
     if as_csv:
         _print_csv(whole)
         return 0
-    _show(whole, changes, as_json, len(names), len(looked_at))
+    _show(whole, changes, as_json, len(names), len(looked_at), disagree)
     return 0
 
 
@@ -83,12 +87,19 @@ def _print_csv(whole: list[Run]) -> None:
     click.echo(pd.DataFrame(table_of_nights(whole), columns=list(SHOWN)).to_csv(index=False), nl=False)
 
 
-def _show(whole: list[Run], changes: dict[str, list[Change]], as_json: bool, among: int, count: int = 0) -> None:
+def _show(
+    whole: list[Run],
+    changes: dict[str, list[Change]],
+    as_json: bool,
+    among: int,
+    count: int = 0,
+    disagree: Sequence[PoolsDisagree] = (),
+) -> None:
     found = [vars(change) for of_endpoint in changes.values() for change in of_endpoint]
     if as_json:
         document = {
             "schema": "weighbridge/history/1", "runs": table_of_nights(whole), "changes": found,
-            "average_run_length_nights": run_length(among),
+            "average_run_length_nights": run_length(among), "pools_disagree": [vars(one) | {"sentence": one.sentence} for one in disagree],
         }  # fmt: skip
         print_json(rounded(document))
         return
@@ -120,6 +131,8 @@ def _show(whole: list[Run], changes: dict[str, list[Change]], as_json: bool, amo
             f"found on {change['found']} (detector 10^{change['log10_detector']:.1f}; without a change one is found every {change['run_length_nights']:.0f} nights at most)",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
+    for one in disagree:
+        Console().print(one.sentence, markup=False, highlight=False, soft_wrap=True)
     if not found:
         _say("no change was found")
 

@@ -38,6 +38,7 @@ NOT_COLD = 2
 WAITED_FOR = 0.6
 # A departure that every engine rounds anew may be this much smaller on another one.
 STEADIER = 1.25
+ENDS = ("stop", "end_turn", "eos")  # what hosts call the end of a turn
 Departure = StackRecord | HypothesisRecord
 Twin = Callable[[PlannedRequest], PlannedRequest]
 
@@ -94,16 +95,13 @@ class TextLibrary:
         stacks = self.contexts.stacks
         return stacks[index] if index < len(stacks) else self.contexts.renderings[index - len(stacks)]
 
-    def columns_of(self, place: int, text: str, completion_tokens: int | None) -> tuple[int, ...]:
-        """The tokens that an answer can begin with: by its text, or, where more than one was generated, by its beginning."""
+    def columns_of(self, place: int, text: str) -> tuple[int, ...]:
+        """The tokens that an answer can begin with: by its text, else by its beginning, since hosts may generate more than one token."""
         names, text = self.contexts.names[place], text.strip()
         if text in names:
             return names[text]
-        if completion_tokens is not None and completion_tokens > 1:
-            begins = max((name for name in names if name and text.startswith(name)), key=len, default=None)
-            if begins is not None:
-                return names[begins]
-        return (self.contexts.tokens_nats.shape[2] - 1,)
+        begins = max((name for name in names if name and text.startswith(name)), key=len, default=None)
+        return names[begins] if begins is not None else (self.contexts.tokens_nats.shape[2] - 1,)
 
     def is_in_doubt(self, observation: Observation) -> bool:
         """Whether an answer at temperature 0 is not the reference's, so that it is worth asking for again."""
@@ -330,6 +328,7 @@ def _answers(
 ) -> Answers:
     """The answers to some requests, each probe once; those that are in doubt and were not asked for again are left out."""
     index, reference = library.contexts.index, library.contexts.likeliest[0]
+    wanted = set(library.cold.tolist() if twin is not None else index.values())
     places: list[int] = []
     columns: list[tuple[int, ...]] = []
     again: list[tuple[int, ...] | None] = []
@@ -337,8 +336,9 @@ def _answers(
     for request in requests:
         observation = observations.get(request.request_id)
         place = index.get(request.probe.id)
-        if observation is None or place is None:
+        if observation is None or place not in wanted:
             continue
+        assert place is not None
         asked += 1
         first = _columns(library, place, observation)
         if first is None:
@@ -357,9 +357,17 @@ def _answers(
 
 
 def _columns(library: TextLibrary, place: int, observation: Observation) -> tuple[int, ...] | None:
-    if not observation.answered or (observation.text is None and observation.fault != "end_of_turn"):
+    """What an answer begins with; None where that is not known.
+
+    Nothing but white space says only something where it is the end of a turn: else reasoning that is not shown, or a part of a character
+    that the host holds back, may have used the token up.
+    """
+    text = (observation.text or "").strip()
+    ended = observation.fault == "end_of_turn" or observation.finish_reason in ENDS
+    thinks = observation.shows_reasoning or (observation.reasoning_tokens or 0) > 0
+    if not observation.answered or thinks or "\ufffd" in text or (not text and not ended):
         return None
-    return library.columns_of(place, observation.text or "", observation.completion_tokens)
+    return library.columns_of(place, text)
 
 
 def _against_cold(library: TextLibrary, cold: Answers, flips: NDArray[np.bool_]) -> Floats:

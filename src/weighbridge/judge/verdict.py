@@ -207,7 +207,7 @@ def _weights_that_can_be_judged(weights: Finding, case: Case, sampling: Finding)
             "the text is not written by what the logprobs come from",
             "An endpoint whose logprobs are those of its text",
         )
-    if hides_reasoning(case.answers):
+    if hides_reasoning([*case.answers, *case.text_answers]):
         return _open(weights, "tokens that are not shown stand before the answer", "An answer without reasoning")
     if case.served is None:
         summary = weights.summary

@@ -151,7 +151,16 @@ def lead_noise_nats(contexts: Contexts) -> float:
 
 
 def cold_probes(contexts: Contexts) -> list[str]:
-    """The probes that are worth asking at temperature 0: those at which the reference's lead lies in the band."""
+    """The probes that are worth asking at temperature 0: those at which the reference's lead lies in the band.
+
+    What begins with a part of a character, or with white space, is left out: hosts hold such text back.
+    """
     unit = np.sqrt(2) * lead_noise_nats(contexts)
     inside = (contexts.lead_nats >= BAND[0] * unit) & (contexts.lead_nats <= BAND[1] * unit)
-    return [probe_id for probe_id, wanted in zip(contexts.probe_ids, inside, strict=True) if wanted]
+    shown = [_is_shown(names, int(best)) for names, best in zip(contexts.names, contexts.likeliest[0], strict=True)]
+    return [probe_id for probe_id, wanted in zip(contexts.probe_ids, inside & np.array(shown), strict=True) if wanted]
+
+
+def _is_shown(names: dict[str, tuple[int, ...]], column: int) -> bool:
+    text = next(name for name, columns in names.items() if column in columns)
+    return text != "" and "\ufffd" not in text
