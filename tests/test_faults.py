@@ -176,7 +176,7 @@ FROM_THE_START: dict[str, tuple[Answer, int, str]] = {
     "dropped connection": (dropped_connection, UNREACHABLE, "the connection broke"),
     "cut short": (cut_short, UNREACHABLE, "the connection broke"),
     "not http": (not_http, UNREACHABLE, "the connection broke"),
-    "null logprobs": (null_logprobs, INCONCLUSIVE, "returns no logprobs"),
+    "null logprobs": (null_logprobs, INCONCLUSIVE, "one and the same text, whatever was asked"),
     "end of turn": (end_of_turn, INCONCLUSIVE, "0 answers with logprobs"),
     "nan logprobs": (nan_logprobs, INCONCLUSIVE, "a logprob is not a finite number"),
     "null as logprob": (says(completion(LIST_WITHOUT_NUMBERS)), INCONCLUSIVE, "a logprob is not a finite number"),

@@ -236,9 +236,10 @@ class Auditor:
         pairs = [(request, again_twin(request)) for request in self._plan.text_requests]
         because = await self._send_until(collector, [r for pair in pairs for r in pair], self._decided_or_not_cold)
         if because == NOT_COLD or (because == "unreachable" and self._refuses_cold()):
-            because = await self._send_until(
-                collector, [drawn_twin(r) for r in self._plan.probe_requests], self._decided
-            )
+            drawn = [
+                drawn_twin(r) for r in self._plan.probe_requests if self._texts and self._texts.is_drawn(r.probe.id)
+            ]
+            because = await self._send_until(collector, drawn, self._decided)
         return because or "probes_used_up"
 
     def _refuses_cold(self) -> bool:

@@ -166,7 +166,7 @@ def text_resolutions(library: TextLibrary, policy: Policy, *, draws: int = DRAWS
         order = np.argsort(generator.random((draws, places.size)), axis=1)
         by_warm = special.logsumexp(warm[0][:, order].cumsum(axis=-1), axis=0) - np.log(len(warm[0]))
         by_warm -= warm[1][:, order].cumsum(axis=-1).max(axis=0)
-        total = np.minimum(cold_process(library, cold[:, order]), by_warm)
+        total = np.minimum(cold_process(library, cold[:, order], library.cold.size), by_warm)
         needed = _first(total >= np.log(policy.differs_e_value), policy.min_answers)
         repeats = flips[order].cumsum(axis=-1)
         last = np.minimum(np.nan_to_num(needed, posinf=1), places.size).astype(np.int64) - 1

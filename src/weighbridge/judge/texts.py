@@ -6,6 +6,7 @@ held against the answers, and a host differs only where both fall: an honest sta
 truncation, whichever explains the answers best.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +32,10 @@ NOISE_MULTIPLES = (3.0, 6.0, 16.0)
 STAKES = (1.0, 0.4, 0.12)
 # However much an honest stack may still answer otherwise on the probes that are left, it is held to at least this much of it.
 LEAST_LEFT = 0.25
+KEPT_FOR_DRAWS = 0.2
 CONFIDENCE = 0.95
+# At temperature 1 what is held back would make the rest no draw like any other: contexts with more of it are left out.
+MOST_HELD_BACK = 0.01
 # Answers that did not come again: from so many on, temperature 0 is not what is served.
 NOT_COLD = 2
 # Of the requests that are left for texts: a departure that is expected to take more answers than that is not waited for.
@@ -50,8 +54,8 @@ class TextLibrary:
     Attributes
     ----------
     contexts : Contexts
-    cold : int array, shape (M,)
-        The contexts that are asked at temperature 0.
+    cold, drawn : int array
+        The contexts that are asked at temperature 0 and at 1.
     honest : list of int
         Distributions that the policy accepts, the reference first.
     departures : list of int
@@ -75,6 +79,7 @@ class TextLibrary:
 
     contexts: Contexts
     cold: Ints
+    drawn: Ints
     honest: list[int]
     departures: list[int]
     limit_nats: float
@@ -95,13 +100,23 @@ class TextLibrary:
         stacks = self.contexts.stacks
         return stacks[index] if index < len(stacks) else self.contexts.renderings[index - len(stacks)]
 
-    def columns_of(self, place: int, text: str) -> tuple[int, ...]:
-        """The tokens that an answer can begin with: by its text, else by its beginning, since hosts may generate more than one token."""
+    def columns_of(self, place: int, text: str, completion_tokens: int | None) -> tuple[int, ...]:
+        """The tokens that an answer can begin with: by its text, or by its beginning where the host generated more than one token.
+
+        What has white space inside is more than one, whatever is counted.
+        """
         names, text = self.contexts.names[place], text.strip()
         if text in names:
             return names[text]
-        begins = max((name for name in names if name and text.startswith(name)), key=len, default=None)
-        return names[begins] if begins is not None else (self.contexts.tokens_nats.shape[2] - 1,)
+        if completion_tokens != 1 or len(text.split()) > 1:
+            begins = max((name for name in names if name and text.startswith(name)), key=len, default=None)
+            if begins is not None:
+                return names[begins]
+        return (self.contexts.tokens_nats.shape[2] - 1,)
+
+    def is_drawn(self, probe_id: str) -> bool:
+        """Whether a probe is one of those that are drawn at temperature 1."""
+        return self.contexts.index.get(probe_id, -1) in self.drawn
 
     def is_in_doubt(self, observation: Observation) -> bool:
         """Whether an answer at temperature 0 is not the reference's, so that it is worth asking for again."""
@@ -151,10 +166,19 @@ def _built(bundle: Bundle, policy_text: str) -> TextLibrary | None:
     stays = _stays(contexts, others, at_zero)
     gain = np.log1p(-np.minimum(at_most, 0.5)) - np.log(np.maximum(np.exp(stays), policy.outlier_share))
     return TextLibrary(
-        contexts=contexts, cold=cold, honest=honest, departures=others, limit_nats=limit, outlier_share=policy.outlier_share,
+        contexts=contexts, cold=cold, drawn=np.flatnonzero(_held_back(contexts) <= MOST_HELD_BACK), honest=honest, departures=others, limit_nats=limit, outlier_share=policy.outlier_share,
         flips_allowed=allowed, flip_at_most=at_most, at_zero_nats=at_zero, stays_nats=stays,
         exclusion_nats=gain[others][:, cold].mean(axis=1) if cold.size else np.zeros(len(others)),
     )  # fmt: skip
+
+
+def _held_back(contexts: Contexts) -> Floats:
+    """The share of each context's answers that hosts hold back: parts of characters, white space, the end of a turn."""
+    out = np.zeros(len(contexts.names))
+    for place, names in enumerate(contexts.names):
+        columns = [column for name, own in names.items() if not name or "\ufffd" in name for column in own]
+        out[place] = np.exp(contexts.tokens_nats[0, place, columns]).sum()
+    return out
 
 
 def _at_zero(contexts: Contexts, temperature: float, outlier_share: float) -> NDArray[np.float32]:
@@ -221,12 +245,15 @@ class Answers:
         The same of the second answer, where one was asked for and came.
     asked : int
         How many contexts were asked.
+    texts : list of str
+        What came, without white space at its ends.
     """
 
     places: Ints
     columns: list[tuple[int, ...]]
     again: list[tuple[int, ...] | None]
     asked: int
+    texts: list[str]
 
     @property
     def count(self) -> int:
@@ -285,6 +312,12 @@ class TextEvidence:
         return self.cold.asked + self.drawn.asked
 
     @property
+    def alike(self) -> float:
+        """The share of the answers that are one and the same text."""
+        texts = [*self.cold.texts, *self.drawn.texts]
+        return Counter(texts).most_common(1)[0][1] / len(texts)
+
+    @property
     def is_cold(self) -> bool:
         """Whether temperature 0 is served, as far as was seen."""
         return self.wavering < NOT_COLD
@@ -296,12 +329,11 @@ def weigh_texts(library: TextLibrary, plan: Plan, observations: dict[str, Observ
     drawn = _answers(library, [drawn_twin(r) for r in plan.probe_requests], observations, None)
     if cold.count + drawn.count == 0:
         return None
-    reference = library.contexts.likeliest[0]
-    differs = np.array([reference[p] not in c for p, c in zip(cold.places, cold.columns, strict=True)], np.bool_)
+    differs = _differing(library, cold)
     same = np.array([a is None or a == c for a, c in zip(cold.again, cold.columns, strict=True)], np.bool_)
     confirmed = np.array([a is not None for a in cold.again], np.bool_) & same
     flips = differs & confirmed
-    by_cold = _against_cold(library, cold, flips)
+    by_cold = _against_cold(library, cold, flips, library.cold.size)
     tables = np.array([library.log_likelihood(p, c) for p, c in zip(cold.places.tolist(), cold.columns, strict=True)])
     again = np.array([
         library.log_likelihood(p, a) if a is not None else np.zeros(_table_shape(library))
@@ -310,7 +342,8 @@ def weigh_texts(library: TextLibrary, plan: Plan, observations: dict[str, Observ
     warm, steady, generic = _warm_likelihoods(library, cold, tables, again, same)
     by_warm = _against_warm(library, warm, steady, generic)
     later = np.array([library.log_likelihood(p, c) for p, c in zip(drawn.places.tolist(), drawn.columns, strict=True)])
-    first = np.minimum(by_cold, by_warm)
+    # A part of the wealth is kept for the draws at temperature 1, whatever the answers before them come to.
+    first = np.logaddexp(np.log1p(-KEPT_FOR_DRAWS) + np.minimum(by_cold, by_warm), np.log(KEPT_FOR_DRAWS))
     log_total = np.concatenate([first, (first[-1] if first.size else 0.0) + _against_drawn(library, drawn, later)])
     return TextEvidence(
         library=library, cold=cold, drawn=drawn, flips=flips, wavering=int((~same).sum()), log_cold=by_cold, log_warm=by_warm,
@@ -328,10 +361,11 @@ def _answers(
 ) -> Answers:
     """The answers to some requests, each probe once; those that are in doubt and were not asked for again are left out."""
     index, reference = library.contexts.index, library.contexts.likeliest[0]
-    wanted = set(library.cold.tolist() if twin is not None else index.values())
+    wanted = set((library.cold if twin is not None else library.drawn).tolist())
     places: list[int] = []
     columns: list[tuple[int, ...]] = []
     again: list[tuple[int, ...] | None] = []
+    texts: list[str] = []
     asked = 0
     for request in requests:
         observation = observations.get(request.request_id)
@@ -339,6 +373,7 @@ def _answers(
         if observation is None or place not in wanted:
             continue
         assert place is not None
+        wanted.discard(place)  # each probe once
         asked += 1
         first = _columns(library, place, observation)
         if first is None:
@@ -353,7 +388,8 @@ def _answers(
         places.append(place)
         columns.append(first)
         again.append(second)
-    return Answers(np.array(places, np.int64), columns, again, asked)
+        texts.append((observation.text or "").strip())
+    return Answers(np.array(places, np.int64), columns, again, asked, texts)
 
 
 def _columns(library: TextLibrary, place: int, observation: Observation) -> tuple[int, ...] | None:
@@ -367,11 +403,11 @@ def _columns(library: TextLibrary, place: int, observation: Observation) -> tupl
     thinks = observation.shows_reasoning or (observation.reasoning_tokens or 0) > 0
     if not observation.answered or thinks or "\ufffd" in text or (not text and not ended):
         return None
-    return library.columns_of(place, text)
+    return library.columns_of(place, text, observation.completion_tokens)
 
 
-def _against_cold(library: TextLibrary, cold: Answers, flips: NDArray[np.bool_]) -> Floats:
-    """Log e-process against honest stacks at temperature 0, whatever they do on the share of contexts that is allowed."""
+def _against_cold(library: TextLibrary, cold: Answers, flips: NDArray[np.bool_], pool: int) -> Floats:
+    """Log e-process against honest stacks at temperature 0, whatever they do on the share of so many contexts that is allowed."""
     if cold.count == 0:
         return np.zeros(0)
     likelihood = np.array([
@@ -380,7 +416,7 @@ def _against_cold(library: TextLibrary, cold: Answers, flips: NDArray[np.bool_])
     ]).T  # fmt: skip
     # What did not come again is no flip: it counts as kept by everybody.
     wavers = np.array([a is not None for a in cold.again], np.bool_) & ~flips
-    return cold_process(library, cold_scores(library, cold.places, flips, np.where(wavers, np.nan, likelihood)))
+    return cold_process(library, cold_scores(library, cold.places, flips, np.where(wavers, np.nan, likelihood)), pool)
 
 
 def cold_scores(library: TextLibrary, places: Ints, flips: NDArray[np.bool_], likelihood_nats: Floats) -> Floats:
@@ -412,18 +448,20 @@ def cold_scores(library: TextLibrary, places: Ints, flips: NDArray[np.bool_], li
     return np.concatenate([np.array(generic), exact])
 
 
-def cold_process(library: TextLibrary, scores: Floats) -> Floats:
-    """Log e-process of the bets together: contexts are drawn without replacement.
+def cold_process(library: TextLibrary, scores: Floats, pool: int) -> Floats:
+    """Log e-process of the bets together.
 
     Parameters
     ----------
     scores : float array, shape (bets, ..., n)
+    pool : int
+        How many contexts there are; they are drawn without replacement.
     """
     generic, exact = len(NOISE_MULTIPLES), len(library.departures)
     weights = np.array([0.5 / generic] * generic + [0.5 / max(1, exact)] * exact)
-    pool = np.ones((1, library.cold.size))
+    at_most = np.ones((1, pool))
     bets = [
-        bounded_score_process(score, pool, cap=1.0, outlier_share=LEAST_LEFT, stake=stake)
+        bounded_score_process(score, at_most, cap=1.0, outlier_share=LEAST_LEFT, stake=stake)
         for score in scores
         for stake in STAKES
     ]
@@ -463,12 +501,21 @@ def _against_drawn(library: TextLibrary, drawn: Answers, tables: Floats) -> Floa
     """Log e-process of answers at temperature 1 against honest stacks at any, 0 included."""
     if drawn.count == 0:
         return np.zeros(0)
-    held = tables.copy()
-    allowed = np.log(library.flips_allowed + library.outlier_share)
-    held[:, library.honest, 0] = np.logaddexp(held[:, library.honest, 0], allowed)
-    course = held.cumsum(axis=0)
-    honest = course[:, library.honest].reshape(drawn.count, -1).max(axis=1)
-    return np.asarray(_log_mean(course[:, library.departures].reshape(drawn.count, -1)) - honest)
+    course = tables.cumsum(axis=0)
+    honest = course[:, library.honest, 1:].reshape(drawn.count, -1).max(axis=1)
+    others = course[:, library.departures]
+    # Half of the wealth is on the temperature that was asked for.
+    asked_for = int(np.abs(np.array(library.temperatures) - 1).argmin())
+    kinds = [_log_mean(others.reshape(drawn.count, -1)), _log_mean(others[:, :, asked_for].reshape(drawn.count, -1))]
+    by_warm = _log_mean(np.array(kinds).T) - honest
+    by_cold = _against_cold(library, drawn, _differing(library, drawn), library.drawn.size)
+    return np.asarray(np.minimum(by_cold, by_warm))
+
+
+def _differing(library: TextLibrary, answers: Answers) -> NDArray[np.bool_]:
+    """Which answers are not the reference's likeliest one."""
+    reference = library.contexts.likeliest[0]
+    return np.asarray([reference[p] not in c for p, c in zip(answers.places, answers.columns, strict=True)], np.bool_)
 
 
 def _gains(library: TextLibrary, cold: Answers, steady: Floats, generic: Floats) -> Floats:

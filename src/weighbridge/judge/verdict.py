@@ -15,7 +15,13 @@ from weighbridge.judge.checks.reasoning import check_reasoning, hides_reasoning
 from weighbridge.judge.checks.route import check_route
 from weighbridge.judge.checks.sampling import check_sampling
 from weighbridge.judge.checks.share import check_share
-from weighbridge.judge.checks.texts import is_consistent_text, text_differs_after, text_explanation
+from weighbridge.judge.checks.texts import (
+    ALIKE_SHARE,
+    ENOUGH_ALIKE,
+    is_consistent_text,
+    text_differs_after,
+    text_explanation,
+)
 from weighbridge.judge.checks.weights import (
     answers_for_consistent,
     check_weights,
@@ -77,6 +83,8 @@ def is_decided(case: Case) -> bool:
 def _is_decided_by_texts(case: Case, texts: TextEvidence) -> bool:
     """Whether more texts would change nothing; where they differ, some more are asked, so that a cause can be named."""
     policy = case.plan.policy
+    if texts.alike >= ALIKE_SHARE and texts.answers >= ENOUGH_ALIKE:
+        return True
     reached = text_differs_after(texts, policy)
     if reached is None:
         return is_consistent_text(texts, case.plan)

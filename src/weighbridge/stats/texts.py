@@ -20,6 +20,7 @@ TRUNCATIONS: tuple[tuple[str, float], ...] = (
 )  # fmt: skip
 
 _LEAST = 1e-12
+_LARGEST = 600.0  # whose exponential is still finite
 
 
 def noise_temperature(noise_nats: float) -> float:
@@ -97,7 +98,9 @@ def answer_log_likelihood(
     kept = kept_tokens(tokens_nats).astype(np.float64)
     out = np.empty((tokens_nats.shape[0], len(temperatures), len(TRUNCATIONS)))
     for t, temperature in enumerate(temperatures):
-        weights = np.exp(at_temperature(tokens_nats.copy(), temperature))
+        scaled = at_temperature(tokens_nats.copy(), temperature)
+        # Relative to the likeliest listed token: at a low temperature what is not listed may be all but everything.
+        weights = np.exp(np.minimum(scaled - scaled[:, :-1].max(axis=1, keepdims=True), _LARGEST))
         total = np.einsum("rsk,sk->sr", kept, weights)
         own = np.einsum("rsk,sk->sr", kept[:, :, members], weights[:, members])
         out[:, t] = own / np.maximum(total, _LEAST)

@@ -13,13 +13,18 @@ from weighbridge.stats.residuals import share_upper_limit
 
 CONFIDENCE = 0.95
 ANSWERED_SHARE = 0.9  # of the contexts asked: what an endpoint leaves out may be what would tell
+# Of the answers are one text, whatever was asked: that is a fault of a gateway and no evidence on weights.
+ALIKE_SHARE = 0.8
+ENOUGH_ALIKE = 10
 MATCHING_SHARE = 0.75  # of the answers must be a departure's own before it is said to explain them
 LOG10 = float(np.log(10))
 
 
 def text_differs_after(texts: TextEvidence, policy: Policy) -> int | None:
     """After how many answers the honest stacks are rejected, at temperature 0 and at any other, or None."""
-    reached = first_crossing(texts.log_total, policy.differs_e_value) if texts.answers >= policy.min_answers else None
+    if texts.answers < policy.min_answers or texts.alike >= ALIKE_SHARE:
+        return None
+    reached = first_crossing(texts.log_total, policy.differs_e_value)
     return None if reached is None else max(reached, policy.min_answers)
 
 
@@ -33,7 +38,11 @@ def is_consistent_text(texts: TextEvidence, plan: Plan) -> bool:
     policy = plan.policy
     if texts.answers < min(policy.min_answers_consistent, texts.library.cold.size):
         return False
-    if texts.answers < ANSWERED_SHARE * texts.asked or text_differs_after(texts, policy) is not None:
+    if (
+        texts.answers < ANSWERED_SHARE * texts.asked
+        or texts.alike >= ALIKE_SHARE
+        or text_differs_after(texts, policy) is not None
+    ):
         return False
     wanted = [
         can and is_stack for can, is_stack in zip(excludable(texts.library, plan), _are_stacks(texts), strict=True)
@@ -92,18 +101,21 @@ def check_texts(case: Case) -> Finding:
     if texts.cold.count:
         low, high = _share_interval(differing, texts.cold.count)
         effects.append(Effect(name="answers at temperature 0 that are not the reference's", value=differing / texts.cold.count, low=low, high=high, unit="1", confidence=CONFIDENCE))  # fmt: skip
-    excluded = excluded_by_text(texts, policy)
-    names = [(r.variant or r.id) if isinstance(r := library.departure(i), StackRecord) else None for i in library.departures]  # fmt: skip
+    records = [library.departure(i) for i in library.departures]
+    names = [(r.variant or r.id) if isinstance(r, StackRecord) else None for r in records]
+    # The same departure may be recorded several times: it is excluded where each of its recordings is.
+    left = {name for name, done in zip(names, excluded_by_text(texts, policy), strict=True) if name and not done}
     common: dict[str, Any] = {
         "check": "weights", "axis": "weights", "answers_used": n, "effects": effects, "log10_e_value": float(texts.log_total[-1]) / LOG10,
-        "excluded": sorted({name for name, done in zip(names, excluded, strict=True) if name and done}),
-        "details": _details(texts),
+        "excluded": sorted({name for name in names if name} - left), "not_excluded": sorted(left), "details": _details(texts),
     }  # fmt: skip
-    common["not_excluded"] = sorted({name for name in names if name} - set(common["excluded"]))
     level = "L4" if texts.is_cold else "L5"
-    basis = f"No logprobs are returned, so first tokens were compared (level {level})"
+    unusable = next((o.fault_detail for o in case.capability_answers if o.fault == "bad_logprobs"), None)
+    why = "No logprobs are returned" if unusable is None else f"The logprobs cannot be used ({unusable})"
+    basis = f"{why}, so first tokens were compared (level {level})"
     if text_differs_after(texts, policy) is not None:
-        return _differs(texts, policy, common, basis, differing)
+        # Of what differs there is nothing left to exclude.
+        return _differs(texts, policy, common | {"excluded": [], "not_excluded": []}, basis, differing)
     if is_consistent_text(texts, case.plan):
         what = (
             f"{texts.cold.count - differing} of {texts.cold.count} are the reference's at temperature 0, where weights of {_finest(texts, case.plan)} would often give another one"
@@ -111,6 +123,11 @@ def check_texts(case: Case) -> Finding:
             else f"{n} answers at an unknown temperature are as the reference's"
         )
         return Finding(**common, outcome="consistent", summary=f"{basis}: {what}")
+    if texts.alike >= ALIKE_SHARE:
+        return Finding(
+            **common, outcome="inconclusive", summary=f"{basis}: {texts.alike:.0%} of {n} answers are one and the same text, whatever was asked",
+            to_resolve="Ask the host whether a model answers",
+        )  # fmt: skip
     if n < ANSWERED_SHARE * texts.asked:
         return Finding(
             **common, outcome="inconclusive", summary=f"Only {n} of {texts.asked} probes came back with text; what is left out may be what would tell",
