@@ -24,6 +24,8 @@ Cause = Literal[
 ]  # fmt: skip
 # Of evidence that rests on logprobs: forced text, the tokens of a short answer, one token.
 LogprobLevel = Literal["L1", "L2", "L3"]
+# And where there are none: one token as text, at temperature 0 and at any other.
+EvidenceLevel = Literal["L1", "L2", "L3", "L4", "L5"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 _PROVIDER_SLUG = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?$"
@@ -566,6 +568,7 @@ class Verdict(Record):
     family: str | None
     policy: str
     axes: dict[Axis, Outcome]
+    level: EvidenceLevel | None = Field(default=None, description="of the evidence on the weights; None without any")
     not_excluded: list[str]
     excluded: list[str]
     sentence: str

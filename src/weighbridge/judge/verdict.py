@@ -38,6 +38,7 @@ from weighbridge.records import (
     Cause,
     Control,
     ControlKind,
+    EvidenceLevel,
     Finding,
     Findings,
     Observation,
@@ -167,6 +168,7 @@ def judge(
         family=weights.family if word == "differs" else None,
         policy=case.plan.policy.id,
         axes=axes,
+        level=_level(case),
         not_excluded=weights.not_excluded,
         excluded=weights.excluded,
         sentence=sentence,
@@ -184,6 +186,13 @@ def judge(
         controls=list(controls),
     )
     return Findings(weighbridge_version=__version__, capability=case.capability, findings=findings), verdict
+
+
+def _level(case: Case) -> EvidenceLevel | None:
+    """What the evidence on the weights rests on."""
+    if case.texts is not None:
+        return "L4" if case.texts.is_cold else "L5"
+    return case.plan.level if case.evidence is not None or case.raw_evidence is not None else None
 
 
 def control_of(kind: ControlKind, endpoint: str, verdict: Verdict) -> Control:

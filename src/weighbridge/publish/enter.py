@@ -35,6 +35,7 @@ from weighbridge.publish.evidence import seal
 from weighbridge.publish.log import Appending
 from weighbridge.records import Plan, Policy, Verdict, read_json
 from weighbridge.reference.bundle import Bundle
+from weighbridge.reference.contexts import LEVELS as CONTEXT_LEVELS
 from weighbridge.store import RunFolder
 
 EVIDENCE = "evidence.zip"
@@ -232,7 +233,7 @@ def _enter(sealed: _Sealed, site: Path, log: Appending, state: _State, terms: Te
     said: dict[str, Any] = {
         "endpoint": plan.endpoint.name, "slug": slug_of(plan.endpoint.name), "base_url": plan.endpoint.base_url, "model": plan.endpoint.model,
         "claimed_precision": plan.endpoint.claimed_precision, "night": row.night, "created_at": row.created_at, "run_id": plan.run_id,
-        "weighbridge_version": verdict.weighbridge_version, "policy": plan.policy.id, "policy_version": plan.policy.version, "level": plan.level,
+        "weighbridge_version": verdict.weighbridge_version, "policy": plan.policy.id, "policy_version": plan.policy.version, "level": verdict.level or plan.level,
         "reference": row.reference, "pool": row.pool, "commitment": row.commitment,
         "verdict": word, "cause": verdict.cause if named is None else named.cause, "exact_variant": verdict.exact_variant if word.startswith("differs") else None,
         "alone": verdict.verdict, "judged_together": None if named is None else named.judged_together,
@@ -260,7 +261,7 @@ def _is_sealed(plan: Plan, bundle: Bundle | None, state: _State) -> bool:
     """Whether a run shows probes that nobody but the auditor is to know: those of the weights, or those of the prompt."""
     if bundle is None:
         return False
-    levels: tuple[Level, ...] = (plan.level, "prompt")
+    levels: tuple[Level, ...] = (plan.level, "prompt", *(CONTEXT_LEVELS if plan.text_requests else ()))
     pools = [pool_of(bundle, level) for level in levels if bundle.pool_at(level) is not None]
     return any(
         pool.description.visibility == "sealed" and pool.identity.sha256 not in state.disclosed for pool in pools

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, TypeAdapter
 
 from weighbridge.canonical import sha256_hex
-from weighbridge.records import Axis, Cause, Finite, LogprobLevel, Outcome, Policy, Record, VerdictWord
+from weighbridge.records import Axis, Cause, EvidenceLevel, Finite, Outcome, Policy, Record, VerdictWord
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FIRST = sha256_hex(b"weighbridge log")  # what the first entry names as the one before it
@@ -81,7 +81,7 @@ class ReportEntry(LogEntry):
     weighbridge_version: str
     policy: str
     policy_version: int
-    level: LogprobLevel
+    level: EvidenceLevel
     reference: Sha256 | None
     pool: Sha256 | None
     commitment: Sha256
