@@ -484,7 +484,7 @@ def test_at_most_three_records_are_asked_for_and_not_those_of_the_last_answers(
     file = tmp_path / "ENDPOINT.toml"
     with FaultServer(Router(logprobs=False)) as server:
         file.write_text(
-            f'name = "shop"\nbase_url = "{server.base_url}"\nmodel = "{MODEL}"\nreference = "{reference}"\n{PINNED}\n[limits]\nmax_requests = 20\n',
+            f'name = "shop"\nbase_url = "{server.base_url}"\nmodel = "{MODEL}"\nreference = "{reference}"\n{PINNED}\n[limits]\nmax_requests = 60\n',
             "utf-8",
         )
         weighbridge_cli("audit", file, "--seed", "route", "--out", run)

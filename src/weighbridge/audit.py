@@ -152,7 +152,10 @@ class Auditor:
     async def _records(self, collector: Collector) -> None:
         """Ask a router for its records of a few answers; the last ones are too young to have any."""
         plan = self._plan
-        before = [r.request_id for r in (*plan.capability_requests, *plan.prompt_requests, *plan.probe_requests)]
+        before = [
+            r.request_id
+            for r in (*plan.capability_requests, *plan.prompt_requests, *plan.probe_requests, *plan.text_requests)
+        ]
         seen = [self._seen[name] for name in before if name in self._seen]
         ids = list(dict.fromkeys(o.answer_id for o in seen if o.answer_id is not None))
         chosen = dict.fromkeys(ids[n * len(ids) // len(RECORDS)] for n in range(len(RECORDS))) if ids else {}
