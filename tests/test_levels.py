@@ -235,7 +235,7 @@ def test_power_says_what_each_level_can_tell() -> None:
     )  # fmt: skip
     assert result.exception is None, result.output
     document = json.loads(result.stdout)
-    assert document["levels"] == ["L1", "L2", "L3"]
+    assert document["levels"] == ["L1", "L2", "L3", "L4"]
     rows = {(r["level"], r["variant"]): r for r in document["departures"]}
     one = rows["L3", "int8"]
     assert one["resolvable"]
@@ -244,6 +244,9 @@ def test_power_says_what_each_level_can_tell() -> None:
     assert not rows["L3", "kv-int8"]["resolvable"]
     assert rows["L3", "kv-int8"]["requests_p90"] is None
     assert rows["L2", "int8"]["completion_tokens"] > rows["L3", "int8"]["completion_tokens"]
+    assert rows["L4", "int4-g64"]["requests_p90"] <= 15
+    assert rows["L4", "int8"]["requests_median"] > rows["L3", "int8"]["requests_median"]
+    assert not rows["L4", "kv-int8"]["resolvable"]
 
 
 def test_power_refuses_a_negative_price() -> None:
