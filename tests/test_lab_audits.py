@@ -179,13 +179,15 @@ def test_a_wrong_token_count_without_logprobs_is_inconclusive(backend: Backend, 
         result, verdict = audit(front, tmp_path / "run")
     assert result.return_value == 3
     assert verdict.axes["prompt"] == "inconclusive"
-    assert verdict.axes["weights"] == "not_supported"
+    # The first tokens of answers are those of the official prompt, whatever the counts say.
+    assert verdict.axes["weights"] == "consistent"
 
 
 @pytest.mark.usefixtures("no_sampling")
 def test_without_logprobs_four_bits_are_told_by_text(backend: Backend, tmp_path: Path) -> None:
+    # A difference is found earlier than what it is, which is why this audit may ask for more than the others here.
     with Front(backend("q4_0").port, Lies(max_top_logprobs=0)) as front:
-        result, verdict = audit(front, tmp_path / "run")
+        result, verdict = audit(front, tmp_path / "run", "--max-requests", "80")
     assert result.return_value == 1
     assert (verdict.verdict, verdict.cause, verdict.exact_variant) == ("differs", "precision", "q4_0")
     assert verdict.axes["prompt"] == "consistent"
