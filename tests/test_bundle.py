@@ -1,5 +1,6 @@
 """Reference bundles: loading, tampering, merging, comparing, and the commands that show all that."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -40,7 +41,7 @@ from weighbridge.reference.bundle import (
     vocabulary_digest,
 )
 from weighbridge.reference.checkpoint import Checkpoint
-from weighbridge.reference.compare import differences, merge
+from weighbridge.reference.compare import add_pools, differences, merge
 from weighbridge.reference.engine import Prompt, Rows
 from weighbridge.reference.licence import LicenceAsk, LicenceSpec, read_licence
 from weighbridge.reference.local import LocalSetting
@@ -420,6 +421,91 @@ def test_parts_that_do_not_fit_are_not_merged(tmp_path: Path, change: dict[str, 
     with pytest.raises(BundleError, match=words) as caught:
         merge([a, b])
     assert "--reference-from" in str(caught.value) or "another id" in str(caught.value)
+
+
+def part_of(bundle: Bundle, rows: slice, name: str, folder: Path, stacks: list[str], **changes: Any) -> Bundle:
+    """A bundle of some of another's probes, in a pool of this name, by some of its stacks."""
+    kept = list(range(bundle.row_probe.size))[rows]
+    manifest = bundle.manifest
+    logprobs = bundle.logprobs_nats[[bundle.stack_index[stack] for stack in stacks]][:, kept]
+    arrays = pack_arrays(
+        {
+            "prompt_ids": bundle.prompt_ids.reshape(-1, 5)[kept].ravel(), "prompt_offsets": np.arange(len(kept) + 1) * 5,
+            "row_probe": np.arange(len(kept)), "row_position": bundle.row_position[kept], "token_ids": bundle.token_ids[kept],
+            "logprobs_nats": logprobs, "prompt_tokens": bundle.prompt_tokens[:, kept],
+        },
+        VOCABULARY,
+    )  # fmt: skip
+    pool = manifest.pools[0].model_copy(update={"id": name, "probes": list(range(len(kept)))})
+    records = [
+        bundle.manifest.stacks[bundle.stack_index[stack]].model_copy(update={"pools": [name]}) for stack in stacks
+    ]
+    part = manifest.model_copy(
+        update={
+            "pools": [pool], "probe_ids": [manifest.probe_ids[i] for i in kept], "arrays_sha256": sha256_hex(arrays),
+            "stacks": with_noise(records, logprobs, "ref", np.arange(len(kept))),
+        } | changes
+    )  # fmt: skip
+    folder.mkdir()
+    write_bundle(folder, part, arrays, LICENCE.encode())
+    return load_bundle(str(folder))
+
+
+def test_pools_that_were_recorded_later_are_added(whole: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(str(whole))
+    first = part_of(bundle, slice(0, 3), "first", tmp_path / "a", ["ref", "honest", "int8", "nf4"])
+    later = part_of(bundle, slice(3, None), "later", tmp_path / "b", ["ref", "honest", "int8"], version=2)
+    manifest, arrays, text = add_pools(first, later)
+    (tmp_path / "c").mkdir()
+    write_bundle(tmp_path / "c", manifest, arrays, text)
+    joined = load_bundle(str(tmp_path / "c"))
+    assert manifest.version == 2
+    assert {s.id: s.pools for s in joined.manifest.stacks} == {
+        "ref": ["first", "later"], "honest": ["first", "later"], "int8": ["first", "later"], "nf4": ["first"],
+    }  # fmt: skip
+    for name in ("prompt_ids", "prompt_offsets", "row_probe", "row_position", "token_ids", "prompt_tokens"):
+        assert np.array_equal(getattr(joined, name), getattr(bundle, name)), name
+    assert np.array_equal(joined.logprobs_nats[:3], bundle.logprobs_nats[:3])
+    assert np.array_equal(joined.logprobs_nats[3, :3], bundle.logprobs_nats[3, :3])
+    assert np.isnan(joined.logprobs_nats[3, 3:]).all()
+    assert [s.noise_nats for s in joined.manifest.stacks][:3] == [s.noise_nats for s in bundle.manifest.stacks][:3]
+
+
+def test_a_pool_that_was_recorded_again_is_replaced(whole: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(str(whole))
+    first = part_of(bundle, slice(0, 3), "pool", tmp_path / "a", ["ref", "honest", "nf4"])
+    later = part_of(bundle, slice(3, None), "pool", tmp_path / "b", ["ref", "honest"], version=2)
+    manifest, _, _ = add_pools(first, later)
+    assert manifest.probe_ids == bundle.manifest.probe_ids[3:]
+    assert [s.pools for s in manifest.stacks] == [["pool"], ["pool"], []]
+
+
+def test_pools_recorded_with_other_packages_name_both_lists(whole: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(str(whole))
+    records = [s.model_copy(update={"engine": s.engine | {"lock_sha256": "a" * 64}}) for s in bundle.manifest.stacks]
+    locked = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"stacks": records}))
+    first = part_of(bundle, slice(0, 3), "first", tmp_path / "a", ["ref"])
+    later = part_of(locked, slice(3, None), "later", tmp_path / "b", ["ref"])
+    assert add_pools(first, later)[0].stacks[0].engine["lock_sha256@later"] == "a" * 64
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "words"),
+    [
+        (slice(2, None), {}, "the probe p-2 stands in a pool of"),
+        (slice(3, None), {"template_sha256": "5" * 64}, "differ in template_sha256"),
+        (slice(3, None), {"stacks": [stack_record("ref", pools=["later"], start_command="another")]}, "stack ref has other settings"),
+    ],
+)  # fmt: skip
+def test_pools_of_other_probes_or_stacks_are_not_added(
+    whole: Path, tmp_path: Path, rows: slice, changes: dict[str, Any], words: str
+) -> None:
+    bundle = load_bundle(str(whole))
+    first = part_of(bundle, slice(0, 3), "first", tmp_path / "a", ["ref"])
+    later = part_of(bundle, rows, "later", tmp_path / "b", ["ref"])
+    later = dataclasses.replace(later, manifest=later.manifest.model_copy(update=changes))
+    with pytest.raises(BundleError, match=words):
+        add_pools(first, later)
 
 
 # -- comparing -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from weighbridge.errors import BundleError
 from weighbridge.plan import pool_at_hand
 from weighbridge.reference.build import write_bundle
 from weighbridge.reference.bundle import LOCKS, load_bundle, read_locks
-from weighbridge.reference.compare import merge
+from weighbridge.reference.compare import add_pools, merge
 
 
 @click.command("merge")
@@ -18,13 +18,18 @@ from weighbridge.reference.compare import merge
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The new bundle's folder.")
 @json_option
 def merge_command(bundle_names: tuple[str, ...], out: Path, as_json: bool) -> int:
-    """Join the stacks of bundles that were built against the same reference."""
+    """Join the stacks of bundles that were built against the same reference.
+
+    Or add to a bundle the pools of a part of a higher version; a pool that both hold is the part's.
+    """
     if (out / "manifest.json").exists():
         raise BundleError(f"{out} already holds a bundle", "Choose another --out; a bundle is never overwritten")
     bundles = [load_bundle(name) for name in bundle_names]
-    manifest, arrays, licence_text = merge(bundles)
+    old, new = bundles[0].manifest, bundles[-1].manifest
+    adds_pools = len(bundles) == 2 and new.pools != old.pools and new.version > old.version
+    manifest, arrays, licence_text = add_pools(*bundles) if adds_pools else merge(bundles)
     for pool in manifest.pools:
-        carrier = next((bundle for bundle in bundles if (bundle.path / "pools" / pool.id).is_dir()), None)
+        carrier = next((bundle for bundle in reversed(bundles) if (bundle.path / "pools" / pool.id).is_dir()), None)
         if carrier is not None:
             pool_at_hand(carrier, pool)
             for name in ("pool.toml", "probes.jsonl"):

@@ -28,6 +28,7 @@ from weighbridge.lab.weights import matrix_bits
 from weighbridge.probes import Pool, load_pool
 from weighbridge.records import Probe
 from weighbridge.reference.bundle import (
+    LOCK,
     LOCKS,
     OFFICIAL,
     Bundle,
@@ -448,7 +449,7 @@ def _record(
         )
         if stack.server is None:
             lock = "".join(sorted({f"{d.metadata['Name']}=={d.version}\n" for d in distributions()})).encode()
-            facts["lock_sha256"] = sha256_hex(lock)
+            facts[LOCK] = sha256_hex(lock)
             write_atomically(partial / LOCKS / f"{sha256_hex(lock)}.txt", lock)
         _same_or_new(
             folder / "engine.json", json.dumps(facts, sort_keys=True),

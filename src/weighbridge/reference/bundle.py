@@ -38,6 +38,7 @@ MAX_UNPACKED_BYTES = 2 * 2**30
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_VOCABULARY = 2**21
 MAX_LOCK_BYTES = 2**20
+LOCK = "lock_sha256"  # fact of an engine: the list of packages that it was run with
 LOCKS = "locks"  # folder of a bundle: the packages that each stack was run with, by hash
 ARRAYS: dict[str, Any] = {
     "prompt_ids": np.int32, "prompt_offsets": np.int64, "row_probe": np.int32, "row_position": np.int32, "token_ids": np.int32,
@@ -358,10 +359,16 @@ def read_locks(manifest: Manifest, folders: Sequence[Path]) -> dict[str, bytes]:
         If one is missing, is no plain file, or is not the one that a stack names.
     """
     found: dict[str, bytes] = {}
-    for stack in manifest.stacks:
-        digest = stack.engine.get("lock_sha256")
+    # Pools that were recorded later may have a list of their own: lock_sha256@POOL.
+    named = [
+        (stack, digest)
+        for stack in manifest.stacks
+        for fact, digest in stack.engine.items()
+        if fact.split("@")[0] == LOCK
+    ]
+    for stack, digest in named:
         name = f"{digest}.txt"
-        if digest is None or name in found:
+        if name in found:
             continue
         if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise BundleError(f"the stack {stack.id} names no hash as its lock_sha256", "Record the bundle again")

@@ -1,5 +1,6 @@
-"""Two bundles beside each other: parts that were built on different machines are merged, revisions are compared."""
+"""Two bundles beside each other: parts that were built on different machines are merged, pools that were recorded later are added, revisions are compared."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from pydantic import Field
 from weighbridge.canonical import sha256_hex
 from weighbridge.errors import BundleError
 from weighbridge.records import Finite, Record
-from weighbridge.reference.bundle import Bundle, Manifest, StackRecord, pack_arrays
+from weighbridge.reference.bundle import LOCK, OFFICIAL, Bundle, Manifest, StackRecord, pack_arrays, rendered_id
 from weighbridge.reference.licence import bundled_text, compare_licence
 from weighbridge.reference.noise import one_token_rows, with_noise
 
@@ -20,6 +21,9 @@ _OWN_FIELDS = {"stacks", "built_with", "arrays_sha256"}
 _SHARED_ARRAYS = ("prompt_ids", "prompt_offsets", "row_probe", "row_position", "token_ids", "prompt_tokens")
 # Stated over all stacks of a bundle, so that it differs between parts.
 _NOISE_FIELDS = {"noise_nats", "indistinguishable", "missing"}
+_SAME_IN_PARTS = (
+    "id", "model", "model_names", "keeper", "weights", "licence", "vocabulary_sha256", "template_sha256", "top_k", "shard", "reference_stack", "hypotheses",
+)  # fmt: skip
 _REBUILD = "Build each part from the same spec, with --reference-from the part that holds the reference"
 MAX_SHOWN_CHARACTERS = 120
 
@@ -85,6 +89,101 @@ def merge(bundles: list[Bundle]) -> tuple[Manifest, bytes, bytes]:
     })  # fmt: skip
     text = b"" if manifest.licence is None else bundled_text(manifest.licence, first.path).encode()
     return merged, arrays, text
+
+
+def add_pools(bundle: Bundle, part: Bundle) -> tuple[Manifest, bytes, bytes]:
+    """Add pools that were recorded later, by the same stacks; a pool of the same name is replaced.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        What is added to; its stacks are kept in this order.
+    part : Bundle
+        Built by the same spec with other pools. Its version and what it was built with are the new bundle's.
+
+    Returns
+    -------
+    tuple of Manifest, bytes and bytes
+        As from `merge`; the same as if all pools had been recorded in one build, those of the bundle first.
+
+    Raises
+    ------
+    BundleError
+        If model, weights, template, renderings or top_k differ, a stack stands in both with other settings, or a probe stands in a pool of each.
+    """
+    old, new = bundle.manifest, part.manifest
+    unlike = next((name for name in _SAME_IN_PARTS if getattr(old, name) != getattr(new, name)), None)
+    if unlike is not None:
+        raise BundleError(f"{bundle.path} and {part.path} differ in {unlike}, so no pools can be added", "Build the part from the same spec, with other [[pool]] tables")  # fmt: skip
+    replaced = {pool.id for pool in new.pools}
+    sources = [(bundle, pool) for pool in old.pools if pool.id not in replaced] + [(part, pool) for pool in new.pools]
+    sources.sort(key=lambda source: source[1].rendering != OFFICIAL)  # as a build records them
+    asked = [(source, i) for source, pool in sources for i in pool.probes]
+    names = [source.manifest.probe_ids[i] for source, i in asked]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise BundleError(f"the probe {twice} stands in a pool of {bundle.path} and in one of {part.path}", "Give each probe an id of its own")  # fmt: skip
+    place = {name: i for i, name in enumerate(names)}
+    rows = [(source, row) for source, i in asked for row in np.flatnonzero(source.row_probe == i).tolist()]
+    row_probe = np.array([place[source.manifest.probe_ids[source.row_probe[row]]] for source, row in rows], np.int32)
+    stacks = _joined_stacks(bundle, part, [rendered_id(pool.id, pool.rendering) for _, pool in sources])
+    logprobs = np.full((len(stacks), len(rows), old.top_k), np.nan, np.float32)
+    for at, stack in enumerate(stacks):
+        for source in (bundle, part):
+            own = [i for i, (where, _) in enumerate(rows) if where is source]
+            if stack.id in source.stack_index:
+                logprobs[at, own] = source.logprobs_nats[source.stack_index[stack.id], [rows[i][1] for i in own]]
+    prompts = [_prompt(source, source.manifest.probe_ids[i]) for source, i in asked]
+    arrays = pack_arrays(
+        {
+            "prompt_ids": np.concatenate(prompts),
+            "prompt_offsets": np.cumsum([0, *(len(prompt) for prompt in prompts)]),
+            "row_probe": row_probe,
+            "row_position": np.array([source.row_position[row] for source, row in rows]),
+            "token_ids": np.stack([source.token_ids[row] for source, row in rows]),
+            "logprobs_nats": logprobs,
+            "prompt_tokens": np.stack([source.prompt_tokens[:, i] for source, i in asked], axis=1),
+        },
+        bundle.vocabulary,
+    )
+    pools = [
+        pool.model_copy(update={"probes": [place[source.manifest.probe_ids[i]] for i in pool.probes]}) for source, pool in sources
+    ]  # fmt: skip
+    joined = old.model_copy(update={
+        "version": new.version, "built_with": new.built_with, "pools": pools, "probe_ids": names,
+        "stacks": with_noise(stacks, logprobs, old.reference_stack, one_token_rows(pools, row_probe)), "arrays_sha256": sha256_hex(arrays),
+    })  # fmt: skip
+    text = b"" if old.licence is None else bundled_text(old.licence, bundle.path).encode()
+    return joined, arrays, text
+
+
+def _joined_stacks(bundle: Bundle, part: Bundle, keys: list[str]) -> list[StackRecord]:
+    """The stacks of both, each with the pools that it was asked in one or the other."""
+    replaced = {pool.id for pool in part.manifest.pools}
+    found: dict[str, StackRecord] = {}
+    for stack in bundle.manifest.stacks:
+        kept = {key for key in stack.pools if key.split("@")[0] not in replaced}
+        found[stack.id] = stack.model_copy(update={"pools": [key for key in keys if key in kept]})
+    for stack in part.manifest.stacks:
+        known = found.get(stack.id)
+        if known is None:
+            found[stack.id] = stack
+            continue
+        if _of_engine(known) != _of_engine(stack):
+            raise BundleError(f"the stack {stack.id} has other settings in {part.path} than in {bundle.path}", "Record the pools with the same engine, or give the stack another id")  # fmt: skip
+        engine = dict(known.engine)
+        if stack.engine.get(LOCK) != engine.get(LOCK):
+            # Each list of packages is that of the pools that were recorded with it.
+            engine |= {f"{LOCK}@{key}": stack.engine[LOCK] for key in stack.pools}
+        both = {*known.pools, *stack.pools}
+        found[stack.id] = known.model_copy(update={"pools": [key for key in keys if key in both], "engine": engine})
+    return list(found.values())
+
+
+def _of_engine(stack: StackRecord) -> dict[str, Any]:
+    """What has to be the same where pools are recorded later: everything but the packages beside the engine."""
+    settings = stack.model_dump(exclude=_NOISE_FIELDS | {"pools", "engine"})
+    return settings | {"engine": {k: v for k, v in stack.engine.items() if not k.startswith(LOCK)}}
 
 
 def _unlike(a: Bundle, b: Bundle) -> str | None:

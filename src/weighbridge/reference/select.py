@@ -4,12 +4,14 @@ What was chosen on which data is written beside the pool, so that figures can be
 the choice did not see.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from scipy.special import ndtr, rel_entr
 
 from weighbridge.errors import ConfigurationError
 from weighbridge.probes import Level
@@ -20,10 +22,14 @@ from weighbridge.stats.residuals import centred_difference, log_scale, own_top
 Floats = NDArray[np.float64]
 TOP_K = 20
 LIKENESS_LIMIT = 0.5  # two probes whose residuals point the same way carry the same evidence twice
-# The band of top-2 gaps for text at temperature 0, in units of √2 times the noise that an unseen honest stack may have
-# (docs/STATISTICS.md, Pools): nearer, an honest stack may flip; further, no quantization does.
-BAND = (2.5, 5.0)
+# The band of leads for text at temperature 0, in units of √2 times the noise that an unseen honest stack may have (docs/STATISTICS.md, Pools).
+# Its lower edge is above that of an audit's band, since an audit knows noisier honest stacks than a choice has seen.
+BAND = (2.25, 8.0)
 STACK_MARGIN = 1.25
+KEPT_LEAD = (
+    0.5  # of its lead the reference's token keeps under every honest stack: where one moves so far, another may flip
+)
+FLIPS_ALLOWED = 0.01  # that an audit cannot rule out of an honest stack, however far the lead
 ANSWERS = (2.0, 32.0)  # effective number of answers of a short-answer context: a small model keeps to no short list
 
 
@@ -121,24 +127,32 @@ def size_evidence(candidates: Candidates) -> Floats:
     return np.asarray(np.nan_to_num(np.maximum(variants - honest, 0.0).mean(axis=0)))
 
 
-def likeness(candidates: Candidates) -> Floats:
+def likeness(candidates: Candidates, places: NDArray[np.int64]) -> Floats:
     """How alike the residuals of two probes are: the mean over variants of their cosine over common tokens.
+
+    Parameters
+    ----------
+    candidates : Candidates
+    places : int array, shape (n,)
+        Of the probes that are compared.
 
     Returns
     -------
-    float array, shape (probes, probes)
+    float array, shape (n, n)
     """
-    probes = len(candidates.probe_ids)
-    tokens, inverse = np.unique(candidates.token_ids[:, :TOP_K], return_inverse=True)
-    inverse = inverse.reshape(probes, -1)
-    total = np.zeros((probes, probes))
-    for values in candidates.variant_nats:
-        residual = np.nan_to_num(centred_difference(values[:, :TOP_K], candidates.reference_nats[:, :TOP_K]))
-        spread = np.zeros((probes, len(tokens)), np.float32)
+    tokens, inverse = np.unique(candidates.token_ids[places, :TOP_K], return_inverse=True)
+    inverse = inverse.reshape(len(places), -1)
+    total = np.zeros((len(places), len(places)))
+    known = np.zeros_like(total)
+    for values in candidates.variant_nats[:, places]:
+        residual = np.nan_to_num(centred_difference(values[:, :TOP_K], candidates.reference_nats[places, :TOP_K]))
+        spread = np.zeros((len(places), len(tokens)), np.float32)
         np.put_along_axis(spread, inverse, residual.astype(np.float32), axis=1)
-        spread /= np.maximum(np.linalg.norm(spread, axis=1, keepdims=True), 1e-9)
+        norm = np.linalg.norm(spread, axis=1, keepdims=True)
+        spread /= np.maximum(norm, 1e-9)
         total += spread @ spread.T
-    return np.asarray(total / len(candidates.variant_nats))
+        known += (norm > 0) & (norm > 0).T
+    return np.asarray(total / np.maximum(known, 1))
 
 
 def effective_sample_size(alike: Floats) -> float:
@@ -174,26 +188,25 @@ def select(bundle: Bundle, level: Level, count: int, exclude: frozenset[str] = f
     if level == "L3":
         rule = "largest log ratio of the mean variant's scale to the noisiest honest stack's, per prompt token"
         value = size_evidence(found)
-        fits, evidence = value > 0, value / found.prompt_tokens
+        gains = (value / found.prompt_tokens)[None]
     elif level == "L4":
-        value, fits, gain = _banded(found)
-        rule = f"top-2 gap within {BAND[0]:g} to {BAND[1]:g} × √2 × {STACK_MARGIN} × the noisiest honest stack's gap noise, kept by every honest stack; most flips expected, per prompt token"
-        evidence = gain / found.prompt_tokens
+        rule = f"lead within {BAND[0]:g} to {BAND[1]:g} × √2 × {STACK_MARGIN} × the noisiest honest stack's noise, of which every honest stack leaves {KEPT_LEAD:.0%}; each is what tells most, in one request, for the variant that those before it tell least of"
+        value, gains = _flips(found)
     elif level == "L5":
-        value, fits, gain = _short_answers(found)
         rule = f"{ANSWERS[0]:g} to {ANSWERS[1]:g} effective answers; largest mean divergence of the variants less the largest of the honest stacks, per prompt token"
-        evidence = gain / found.prompt_tokens
+        value, gain = _short_answers(found)
+        gains = (gain / found.prompt_tokens)[None]
     else:
         raise ConfigurationError(f"there is no rule for choosing probes of level {level}", "Choose L3, L4 or L5")
-    alike = likeness(found)
-    kept: list[int] = []
-    for i in np.argsort(-evidence, kind="stable").tolist():
-        if len(kept) < count and fits[i] and (not kept or alike[i, kept].max() < LIKENESS_LIMIT):
-            kept.append(i)
-    if not kept:
+    fits = np.flatnonzero((gains > 0).any(axis=0))
+    if not fits.size:
         raise ConfigurationError(
             f"none of {len(found.probe_ids)} candidates fits level {level}", "Record more candidates"
         )
+    alike = likeness(found, fits)
+    places = _greedy(gains[:, fits], alike, count)
+    kept = fits[places].tolist()
+    evidence = gains.mean(axis=0) / (found.prompt_tokens if level == "L4" else 1)
     pools = [p for p in bundle.manifest.pools if set(p.probes) & {bundle.probe_index[i] for i in found.probe_ids}]
     return Selection(
         level=level,
@@ -203,7 +216,7 @@ def select(bundle: Bundle, level: Level, count: int, exclude: frozenset[str] = f
         candidates_considered=len(found.probe_ids),
         honest_stacks_seen=found.honest,
         variants_seen=found.variants,
-        effective_sample_size=effective_sample_size(alike[np.ix_(kept, kept)]),
+        effective_sample_size=effective_sample_size(alike[np.ix_(places, places)]),
         chosen=[
             Chosen(id=found.probe_ids[i], prompt_tokens=int(found.prompt_tokens[i]), evidence_per_token=float(evidence[i]), value=float(value[i]))
             for i in sorted(kept, key=lambda i: found.probe_ids[i])
@@ -211,25 +224,50 @@ def select(bundle: Bundle, level: Level, count: int, exclude: frozenset[str] = f
     )  # fmt: skip
 
 
-def _gap_noise(found: Candidates) -> float:
-    """The noisiest honest stack's noise of one logprob, from the gaps between the reference's two likeliest tokens."""
-    gaps = found.honest_nats[:, :, 0] - found.honest_nats[:, :, 1]
-    change = gaps - (found.reference_nats[:, 0] - found.reference_nats[:, 1])
-    return float(np.sqrt(np.nanmean(change**2, axis=1) / 2).max())
+def _greedy(gains: Floats, alike: Floats, count: int) -> list[int]:
+    """Choose one after another what gains most for the variant that has least so far, little alike those before; shape of gains (variants, probes)."""
+    kept: list[int] = []
+    total, open_ = np.zeros(gains.shape[0]), np.ones(gains.shape[1], np.bool_)
+    able = gains.max(axis=1) > 0
+    while len(kept) < count and able.any():
+        needy = int(np.where(able, total, np.inf).argmin())
+        own = np.where(open_, gains[needy], 0.0)
+        if own.max() <= 0:
+            able[needy] = False
+            continue
+        # What tells of the others too is taken first among equals.
+        best = int((own + np.where(own > 0, gains.mean(axis=0), 0.0)).argmax())
+        kept.append(best)
+        total += gains[:, best]
+        open_ &= alike[best] < LIKENESS_LIMIT
+        open_[best] = False
+    return kept
 
 
-def _banded(found: Candidates) -> tuple[Floats, NDArray[np.bool_], Floats]:
-    from scipy.special import ndtr
-
-    gap = found.reference_nats[:, 0] - found.reference_nats[:, 1]
-    unit = np.sqrt(2) * STACK_MARGIN * _gap_noise(found)
-    keeps = np.all(np.nan_to_num(found.honest_nats, nan=-np.inf).argmax(axis=2) == 0, axis=0)
-    fits = (gap >= BAND[0] * unit) & (gap <= BAND[1] * unit) & keeps
-    noise = np.exp(np.nanmean(log_scales(found.variant_nats, found.reference_nats), axis=1))
-    return gap, fits, np.asarray(ndtr(-gap[None, :] / (np.sqrt(2) * noise[:, None])).mean(axis=0))
+def _leads(stacks_nats: Floats) -> Floats:
+    """By how much the reference's likeliest token leads the likeliest other one, below 0 where it does not."""
+    return np.asarray(stacks_nats[..., 0] - np.nanmax(stacks_nats[..., 1:], axis=-1))
 
 
-def _short_answers(found: Candidates) -> tuple[Floats, NDArray[np.bool_], Floats]:
+def _flips(found: Candidates) -> tuple[Floats, Floats]:
+    """The reference's lead at each probe, and the evidence that one answer is expected to be against honest stacks, of each variant.
+
+    That is the divergence of two Bernoulli variables: whether a server of the variant, of the honest stacks' noise, gives another token,
+    and whether an honest one does.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a stack that was not asked at a probe
+        lead, honest, variants = (_leads(v) for v in (found.reference_nats, found.honest_nats, found.variant_nats))
+        unit = STACK_MARGIN * float(np.sqrt(np.nanmean((honest - lead) ** 2, axis=1)).max())
+    fits = (lead >= BAND[0] * unit) & (lead <= BAND[1] * unit)
+    fits &= np.all(np.nan_to_num(honest, nan=-np.inf) >= KEPT_LEAD * lead, axis=0)
+    allowed = np.maximum(FLIPS_ALLOWED, ndtr(-lead / unit))
+    flips = ndtr(-np.nan_to_num(variants, nan=np.inf) / unit)
+    divergence = rel_entr(flips, allowed) + rel_entr(1 - flips, 1 - allowed)
+    return lead, np.asarray(np.where(fits & (flips > allowed), divergence, 0.0))
+
+
+def _short_answers(found: Candidates) -> tuple[Floats, Floats]:
     p = np.exp(found.reference_nats)
     answers = np.exp(-(p * found.reference_nats).sum(axis=1))
 
@@ -237,4 +275,4 @@ def _short_answers(found: Candidates) -> tuple[Floats, NDArray[np.bool_], Floats
         return np.asarray(np.nansum(p * (found.reference_nats - stacks), axis=2))
 
     gain = divergence(found.variant_nats).mean(axis=0) - divergence(found.honest_nats).max(axis=0)
-    return answers, (answers >= ANSWERS[0]) & (answers <= ANSWERS[1]), np.maximum(gain, 0.0)
+    return answers, np.where((answers >= ANSWERS[0]) & (answers <= ANSWERS[1]), np.maximum(gain, 0.0), 0.0)
