@@ -51,9 +51,7 @@ def score(
     """Logprobs of the next token after prompts that begin alike: of the TOP_K likeliest, or of the given tokens."""
     shortest = min(map(len, prompts)) - 1
     first = prompts[0]
-    shared = next(
-        (i for i in range(shortest) if any(prompt[i] != first[i] for prompt in prompts)), shortest
-    )
+    shared = next((i for i in range(shortest) if any(prompt[i] != first[i] for prompt in prompts)), shortest)
     rests = [prompt[shared:] for prompt in prompts]
     ids = first[:shared] + [token for rest in rests for token in rest]
     positions = list(range(shared)) + [shared + i for rest in rests for i in range(len(rest))]
@@ -93,7 +91,10 @@ def scored(
                     engine, [branches[i % len(ENDINGS)] for i in at], None if tokens is None else tokens[at]
                 )
             if stem % 20 == 19:
-                print(f"{path.stem}: {stem + 1} of {len(prompts)} stems, {time.perf_counter() - started:.0f} s", flush=True)
+                print(
+                    f"{path.stem}: {stem + 1} of {len(prompts)} stems, {time.perf_counter() - started:.0f} s",
+                    flush=True,
+                )
         np.savez(path, tokens=all_tokens, nats=values)
     with np.load(path) as found:
         return found["tokens"], found["nats"]
@@ -105,6 +106,7 @@ def lead(values: Floats) -> Floats:
 
 
 def main() -> None:
+    """Score everything, and write the candidates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stems", help="a pool of chat probes")
     parser.add_argument("--stems", dest="count", type=int, default=420)
@@ -117,7 +119,10 @@ def main() -> None:
         Probe(
             id=f"{stem.id}-{number:02d}",
             purpose=stem.purpose,
-            messages=[*stem.messages[:-1], Message(role="user", content=f"{stem.messages[-1].content.rstrip()} {ending}")],
+            messages=[
+                *stem.messages[:-1],
+                Message(role="user", content=f"{stem.messages[-1].content.rstrip()} {ending}"),
+            ],
         )
         for stem in stems
         for number, ending in enumerate(ENDINGS, start=1)

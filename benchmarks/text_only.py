@@ -8,13 +8,14 @@ context that is asked at temperature 0, once more where the answer is not the re
 one-token pool's probes. They are kept under .benchmarks-cache/texts/, and audits are drawn from them again and again in random orders.
 Servers ran on one thread. llama.cpp's q4_0 and q8_0 are recorded on the engine that serves them here; all other departures that llama.cpp
 serves are recorded on transformers. On transformers the recorded ones are float32, but for int4-g64, nf4-g64, fp8-e4m3 and int8, which
-are recorded in bfloat16 too. Contexts of the one-token pool hold no probes that were chosen for one variant.
+are recorded in bfloat16 too. The pool for text was chosen with int8, fp8-e4m3, both W8A8, nf4-g64, int4-g64 and int5-g64 in float32 and with one
+honest stack in sight: for those it is targeted; q4_0, q8_0, int6-g64, the KV caches and depth-24, and all that is served here, it has not seen.
 
 *What is simulated, and says so.* Honest stacks whose family is left out: drawn from their recorded distributions. Model Equality Testing
 and the rank-based uniformity test: drawn from the served variant's recorded distribution, since they ask each prompt many times. The
 intervals of the share of requests that go elsewhere.
 
-    python benchmarks/text_only.py [--quick] [--seed 1] [--json] [--cached] [--only L4,L5,honest,evasion,share]
+    python benchmarks/text_only.py [--quick] [--seed 1] [--json] [--cached] [--only L4,L5,honest,evasion,share] [--out reports]
 
 Needs the extras lab and hf.
 """
@@ -22,11 +23,13 @@ Needs the extras lab and hf.
 import argparse
 import asyncio
 import dataclasses
+import json
 import shutil
 import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,7 @@ from figures import CACHE, Document, Figure, say, share
 from first_weighing import keeping
 from served import DEPARTURES as SERVED
 from served import HONEST, Served
+from text_report import plot, table
 from weighbridge.audit import Auditor, collect_run, judge_run
 from weighbridge.collect import Collector
 from weighbridge.errors import RunFolderError
@@ -282,8 +286,8 @@ GROUPS: dict[str, tuple[tuple[str, ...], int, int | None, str]] = {
     "weights_of_4_bits": (("q4_0", "int4-g64", "nf4-g64"), 5, 10, ""),
     "weights_of_about_5.5_bits": (("int5-g64",), 10, 20, ""),
     "w8a8": (("w8a8-int8", "w8a8-fp8"), 15, 35, ""),
-    "fp8_weights": (("fp8-e4m3",), 50, 110, "; the pool holds no probes chosen for one variant"),
-    "int8_weights": (("int8", "q8_0"), 100, None, ", exact variant recorded on another engine but for q8_0; the pool holds no probes chosen for one variant"),
+    "fp8_weights": (("fp8-e4m3",), 25, 50, ""),
+    "int8_weights": (("int8", "q8_0"), 100, None, ", exact variant recorded on another engine but for q8_0"),
     "other_model": (("depth-24",), 10, None, ""),
 }  # fmt: skip
 
@@ -816,6 +820,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cached", action="store_true", help="ask nothing: leave out what was not collected yet")
+    parser.add_argument(
+        "--out", type=Path, help="also write text_only.json, text_only.md and text_only.svg into this folder"
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="some of the parts, by commas")
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
@@ -847,6 +854,13 @@ def main() -> int:
     if "evasion" in parts:
         evasion(document, bundle, policy, quick=arguments.quick)
     say(f"took {time.monotonic() - started:.0f} s")
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        plot(document, arguments.out / "text_only.svg")
+        (arguments.out / "text_only.json").write_text(
+            json.dumps(document.as_json(), indent=1, sort_keys=True) + "\n", "utf-8"
+        )
+        (arguments.out / "text_only.md").write_text(table(document), "utf-8")
     return document.print(arguments.json)
 
 

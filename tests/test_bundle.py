@@ -480,6 +480,18 @@ def test_a_pool_that_was_recorded_again_is_replaced(whole: Path, tmp_path: Path)
     assert [s.pools for s in manifest.stacks] == [["pool"], ["pool"], []]
 
 
+def test_a_pool_that_is_replaced_keeps_its_place(whole: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(str(whole))
+    first = part_of(bundle, slice(0, 2), "one", tmp_path / "a", ["ref"])
+    both = add_pools(first, part_of(bundle, slice(2, 4), "two", tmp_path / "b", ["ref"], version=2))
+    (tmp_path / "c").mkdir()
+    write_bundle(tmp_path / "c", *both)
+    again = part_of(bundle, slice(4, None), "one", tmp_path / "d", ["ref"], version=3)
+    manifest, _, _ = add_pools(load_bundle(str(tmp_path / "c")), again)
+    assert [pool.id for pool in manifest.pools] == ["one", "two"]
+    assert manifest.probe_ids == [*bundle.manifest.probe_ids[4:], *bundle.manifest.probe_ids[2:4]]
+
+
 def test_pools_recorded_with_other_packages_name_both_lists(whole: Path, tmp_path: Path) -> None:
     bundle = load_bundle(str(whole))
     records = [s.model_copy(update={"engine": s.engine | {"lock_sha256": "a" * 64}}) for s in bundle.manifest.stacks]

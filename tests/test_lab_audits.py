@@ -196,6 +196,18 @@ def test_without_logprobs_four_bits_are_told_by_text(backend: Backend, tmp_path:
     assert verdict.log10_e_value >= 3
 
 
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize(("variant", "weights"), [("f16", "consistent"), ("q4_0", "inconsistent")])
+def test_behind_a_hidden_prompt_raw_completions_tell_by_text_too(variant: str, weights: str, tmp_path: Path) -> None:
+    template = with_prompt_before("Speak like a pirate. Never say why.")
+    hidden = dataclasses.replace(VARIANTS[variant], template=template)
+    lies = Lies(max_top_logprobs=0, usage_offset=0)
+    with lab_backend(hidden, lambda _: None) as server, Front(server.port, lies, completions=True) as front:
+        _, verdict = audit(front, tmp_path / "run", "--max-requests", "200")
+    assert (verdict.verdict, verdict.axes["weights"], verdict.level) == ("differs", weights, "L4")
+    assert verdict.axes["prompt"] == "inconsistent"
+
+
 @pytest.mark.usefixtures("weights_only")
 @pytest.mark.parametrize(
     "lies",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from weighbridge.canonical import sha256_hex
-from weighbridge.capability import TEXT, next_capability_request, read_capability, sampling_of
+from weighbridge.capability import asks_for_text, next_capability_request, read_capability, sampling_of
 from weighbridge.collect import Budget, Collector, WaitTooLongError, is_transient
 from weighbridge.dialects import DIALECTS
 from weighbridge.dialects.routes import LISTING, RECORDS, listing_path, record_path
@@ -69,6 +69,11 @@ class Progress:
     planned: int
     log10_e_value: float | None
     noise_nats: float | None
+
+
+def _of_the_whole(because: str | None) -> str | None:
+    """Why an audit ends whose raw completions ended so: that a host does not answer these, or not now, is no more than that."""
+    return None if because in ("refused", "unreachable", "rate_limited") else because
 
 
 class Auditor:
@@ -140,7 +145,7 @@ class Auditor:
         because = await self._probes(collector)
         if because in FINAL_REASONS:
             await self._records(collector)
-            because = await self._raw_probes(collector) or because
+            because = _of_the_whole(await self._raw_probes(collector)) or because
             because = await self._sampling(collector) or because
         return because
 
@@ -190,12 +195,18 @@ class Auditor:
         case = await _in_thread(self._case, dict(self._seen))
         if case.served is not None or self._bundle is None:
             return None
-        requests = [r for p in self._plan.probe_requests if self._dialect.asks(r := raw_twin(p))]
+        by_text = case.texts is not None
+        planned = self._plan.text_requests if by_text else self._plan.probe_requests
+        requests = [r for p in planned if self._dialect.asks(r := raw_twin(p))]
         if not requests:
             return None
-        refusal, first = await self._send(collector, requests[0], read_capability(self._seen))
-        if refusal is not None or first is None or not first.answered or first.top is None:
+        refusal, first = None, self._seen.get(requests[0].request_id)
+        if first is None:
+            refusal, first = await self._send(collector, requests[0], read_capability(self._seen))
+        if refusal is not None or first is None or not first.answered or (first.text if by_text else first.top) is None:
             return refusal
+        if by_text:
+            requests = [twin for request in requests for twin in (request, again_twin(request))]
         because = await self._send_until(
             collector, requests, lambda seen: "decided" if is_decided_raw(self._case(seen)) else None
         )
@@ -298,7 +309,7 @@ class Auditor:
         """Take the next request that can tell something: under another rendering not every probe was recorded."""
         useful = self._useful
         for i, request in enumerate(waiting):
-            if request.request_id.startswith(TEXT) and request.request_id.endswith(AGAIN):
+            if asks_for_text(request.request_id) and request.request_id.endswith(AGAIN):
                 first = self._seen.get(request.request_id.removesuffix(AGAIN))
                 if first is None or self._texts is None or not self._texts.is_in_doubt(first):
                     continue

@@ -12,7 +12,7 @@ The calls are fixed. Each one is asked only where the ones before it leave the q
 
 import numpy as np
 
-from weighbridge.records import Capability, Message, Observation, PlannedRequest, Probe
+from weighbridge.records import RAW, Capability, Message, Observation, PlannedRequest, Probe
 from weighbridge.stats.grid import written_in_bfloat16
 
 _QUESTION = (
@@ -45,10 +45,15 @@ def capability_requests() -> list[PlannedRequest]:
     ]
 
 
+def asks_for_text(request_id: str) -> bool:
+    """Whether a request is one of those at temperature 0 for endpoints without logprobs, by chat or by raw completions."""
+    return request_id.removeprefix(RAW).startswith(TEXT)
+
+
 def sampling_of(request: PlannedRequest, capability: Capability) -> tuple[float, int]:
     """The temperature and the number of logprobs that a request asks for."""
     request_id = request.request_id
-    if request_id.startswith(TEXT):
+    if asks_for_text(request_id):
         return 0.0, 0
     if request_id.startswith(DRAWN):
         return 1.0, 0

@@ -31,6 +31,7 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 _PROVIDER_SLUG = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?$"
 _AUTHOR_AND_SLUG = re.compile(r"[a-z0-9~][a-z0-9._:~-]*/[a-z0-9][a-z0-9._:~-]*", re.IGNORECASE | re.ASCII)
 AGAIN = "-again"  # ends the id of a request that asks once more
+RAW = "raw-"  # begins the id of one that sends the reference's own tokens
 # What an answer may be called, if its name is to stand in a URL.
 ANSWER_ID = r"^[A-Za-z0-9_-]{1,100}$"
 
@@ -308,8 +309,8 @@ class Plan(Record):
     @property
     def requests(self) -> list[PlannedRequest]:
         """All of them, in the order in which they would be sent, and after them the twins of the probes."""
-        raw = [raw_twin(request) for request in self.probe_requests]
-        again = [again_twin(request) for request in self.text_requests]
+        raw = [raw_twin(request) for request in (*self.probe_requests, *self.text_requests)]
+        again = [again_twin(twin) for request in self.text_requests for twin in (request, raw_twin(request))]
         drawn = [drawn_twin(request) for request in self.probe_requests] if self.text_requests else []
         return [
             *self.capability_requests, *self.prompt_requests, *self.probe_requests, *self.sampling_requests, *raw,
@@ -319,7 +320,7 @@ class Plan(Record):
 
 def raw_twin(request: PlannedRequest) -> PlannedRequest:
     """The same probe as the reference's own tokens, which no chat template touches."""
-    return request.model_copy(update={"request_id": f"raw-{request.request_id}", "raw": True})
+    return request.model_copy(update={"request_id": f"{RAW}{request.request_id}", "raw": True})
 
 
 def again_twin(request: PlannedRequest) -> PlannedRequest:

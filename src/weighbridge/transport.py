@@ -29,7 +29,7 @@ from weighbridge.records import Endpoint, FailureCode
 MAX_BODY_BYTES = 8 * 1024 * 1024
 KEPT_OF_OVERSIZED_BYTES = 4096
 _KEPT_HEADERS = (
-    "content-type", "content-encoding", "content-length", "date", "server", "location", "retry-after", "x-request-id", "via",
+    "content-type", "content-encoding", "content-length", "date", "server", "location", "retry-after", "x-request-id", "request-id", "via",
     "cf-ray", "openai-version", "openai-processing-ms", "openai-model", "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests",
 )  # fmt: skip

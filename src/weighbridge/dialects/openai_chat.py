@@ -72,7 +72,8 @@ class OpenAIChat:
         }
         if request.raw:
             body["prompt"] = prompt_ids
-            return body | {"logprobs": top_logprobs} | endpoint.extra_body | pinned(endpoint)
+            asked = {"logprobs": top_logprobs} if top_logprobs > 0 else {}
+            return body | asked | endpoint.extra_body | pinned(endpoint)
         body["messages"] = [message.model_dump() for message in request.probe.messages]
         if request.probe.tools is not None:
             body["tools"] = request.probe.tools

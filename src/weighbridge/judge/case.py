@@ -45,6 +45,8 @@ class Case:
         The same of the answers to the reference's own tokens.
     texts : TextEvidence or None
         Of first tokens as text; None where there are logprobs, or nothing was asked.
+    raw_texts : TextEvidence or None
+        The same of answers to the reference's own tokens.
     """
 
     plan: Plan
@@ -65,6 +67,7 @@ class Case:
     raw_residuals: Residuals | None = None
     raw_evidence: WeightEvidence | None = None
     texts: TextEvidence | None = None
+    raw_texts: TextEvidence | None = None
     text_answers: list[Observation] = field(default_factory=list)
     route: list[Observation] = field(default_factory=list)
     capability_answers: list[Observation] = field(default_factory=list)

@@ -31,7 +31,7 @@ def open_case(plan: Plan, capability: Capability, observations: Iterable[Observa
 
     answers = of(r.request_id for r in plan.probe_requests)
     prompt_answers = of(r.request_id for r in plan.prompt_requests)
-    raw_answers = of(raw_twin(r).request_id for r in plan.probe_requests)
+    raw_answers = of(raw_twin(r).request_id for r in (*plan.probe_requests, *plan.text_requests))
     sampling = {o.probe_id.removeprefix("sampling-"): o for o in of(r.request_id for r in plan.sampling_requests)}
     # Logprobs whose meaning is not known are evidence of nothing.
     usable = capability.top_logprobs >= MIN_TOP_LOGPROBS and capability.temperature_regime != "other"
@@ -57,7 +57,7 @@ def open_case(plan: Plan, capability: Capability, observations: Iterable[Observa
     residuals, evidence = _weighed(library, answers, plan.policy)
     log_e = float(evidence.log_total[-1]) if evidence is not None else None
     case = replace(case, residuals=residuals, evidence=evidence, log_e_official=log_e)
-    raw_residuals, raw_evidence = _weighed(library, raw_answers, plan.policy)
+    raw_residuals, raw_evidence = _weighed(library, _as_sent(library, raw_answers), plan.policy)
     case = replace(case, raw_residuals=raw_residuals, raw_evidence=raw_evidence)
     if evidence is None or differs_after(evidence, plan.policy) is None:
         return _by_structure(case, library)
@@ -71,7 +71,12 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
     texts = weigh_texts(known, case.plan, by_id) if known is not None and case.text_answers else None
     if texts is None:
         return case
-    case = replace(case, texts=texts, log_e_official=float(texts.log_total[-1]))
+    # Those that no chat template touches; a host that does not serve temperature 0 does so for neither.
+    raw = case.plan.model_copy(
+        update={"text_requests": [raw_twin(r) for r in case.plan.text_requests], "probe_requests": []}
+    )
+    raw_texts = weigh_texts(texts.library, raw, by_id) if _as_sent(library, case.raw_answers) else None
+    case = replace(case, texts=texts, raw_texts=raw_texts, log_e_official=float(texts.log_total[-1]))
     if text_differs_after(texts, policy) is None:
         return case
     case = replace(case, official_differs=True)
@@ -88,6 +93,14 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
         if doubtful and exact_variant(texts, best, policy) is None
         else replace(case, settled=True)
     )
+
+
+def _as_sent(library: Library, raw_answers: list[Observation]) -> list[Observation]:
+    """Answers to the reference's own tokens; none where the host counts others, so that it has made another prompt of them."""
+    counted = [
+        (o.prompt_tokens, len(library.bundle.prompt_of(o.probe_id))) for o in raw_answers if o.prompt_tokens is not None
+    ]
+    return raw_answers if all(count == sent for count, sent in counted) else []
 
 
 def _weighed(library: Library, answers: list[Observation], policy: Policy) -> Weighed:

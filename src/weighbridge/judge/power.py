@@ -14,7 +14,7 @@ from scipy import special
 from weighbridge.judge.answers import Residuals
 from weighbridge.judge.library import Library, Null, travels
 from weighbridge.judge.sizes import Features, against_honest, exclusion_processes, features_of
-from weighbridge.judge.texts import TextLibrary, cold_process, cold_scores, same_text
+from weighbridge.judge.texts import TextLibrary, cold_process, same_text
 from weighbridge.records import Finite, LogprobLevel, Policy, Record
 from weighbridge.reference.bundle import StackRecord
 from weighbridge.stats.draws import at_temperature
@@ -166,7 +166,7 @@ def text_resolutions(library: TextLibrary, policy: Policy, *, draws: int = DRAWS
         order = np.argsort(generator.random((draws, places.size)), axis=1)
         by_warm = special.logsumexp(warm[0][:, order].cumsum(axis=-1), axis=0) - np.log(len(warm[0]))
         by_warm -= warm[1][:, order].cumsum(axis=-1).max(axis=0)
-        total = np.minimum(cold_process(library, cold[:, order], library.cold.size), by_warm)
+        total = np.minimum(cold_process(library, places[order], flips[order], cold[:, order]), by_warm)
         needed = _first(total >= np.log(policy.differs_e_value), policy.min_answers)
         repeats = flips[order].cumsum(axis=-1)
         last = np.minimum(np.nan_to_num(needed, posinf=1), places.size).astype(np.int64) - 1
@@ -186,18 +186,17 @@ def text_resolutions(library: TextLibrary, policy: Policy, *, draws: int = DRAWS
 def _text_bets(
     library: TextLibrary, index: int, places: NDArray[np.int64]
 ) -> tuple[Floats, tuple[Floats, Floats], NDArray[np.bool_]]:
-    """What a departure's own likeliest tokens score: against temperature 0; bets and honest likelihoods against others; and what flips."""
+    """Of a departure's own likeliest tokens: logprobs under every departure at temperature 0; bets and honest likelihoods at others; and what flips."""
     contexts = library.contexts
     likeliest = contexts.likeliest[index, places]
     flips = np.array(
         [best not in same_text(contexts, int(p)) for p, best in zip(places, likeliest, strict=True)], np.bool_
     )
     zero = library.at_zero_nats[:, places, likeliest].astype(np.float64)
-    cold = cold_scores(library, places, flips, zero[library.departures])
     reference = np.array([_at(library, temperature, places, likeliest) for temperature in library.temperatures])
     kept = np.where(flips, np.log1p(-library.outlier_share), 0.0)
     bets = np.concatenate([reference + kept, zero[library.departures] + kept])
-    return cold, (bets, reference[1:] * np.where(flips, 2.0, 1.0)), flips
+    return zero[library.departures], (bets, reference[1:] * np.where(flips, 2.0, 1.0)), flips
 
 
 def _at(library: TextLibrary, temperature: float, places: NDArray[np.int64], tokens: NDArray[np.int64]) -> Floats:

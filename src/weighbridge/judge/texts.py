@@ -20,7 +20,7 @@ from weighbridge.records import Observation, Plan, PlannedRequest, Policy, again
 from weighbridge.reference.bundle import Bundle, HypothesisRecord, StackRecord
 from weighbridge.reference.contexts import Contexts, cold_probes, contexts_of
 from weighbridge.stats.draws import at_temperature
-from weighbridge.stats.evidence import bounded_score_process, mixture
+from weighbridge.stats.evidence import exceptions_process, mixture
 from weighbridge.stats.residuals import share_upper_limit
 from weighbridge.stats.texts import TEMPERATURES, answer_log_likelihood, flip_probability, noise_temperature
 
@@ -30,8 +30,9 @@ TOP_LOGPROBS = 20  # over which the noise of honest stacks is stated
 # Multiples of the honest limit at which bets on a departure of that size are placed, and shares of the wealth that are staked.
 NOISE_MULTIPLES = (3.0, 6.0, 16.0)
 STAKES = (1.0, 0.4, 0.12)
-# However much an honest stack may still answer otherwise on the probes that are left, it is held to at least this much of it.
-LEAST_LEFT = 0.25
+# Of the scale at which a departure's other answers just pay for those that an honest stack is allowed.
+SCALES = (1.0, 0.4)
+NEAR_A_TIE = 0.03
 KEPT_FOR_DRAWS = 0.2
 CONFIDENCE = 0.95
 # At temperature 1 what is held back would make the rest no draw like any other: contexts with more of it are left out.
@@ -161,7 +162,7 @@ def _built(bundle: Bundle, policy_text: str) -> TextLibrary | None:
     honest = [i for i, s in enumerate(stacks) if s.departure is None or s.departure_class in policy.accepts]
     others = [i for i in range(contexts.tokens_nats.shape[0]) if i not in honest]
     allowed = _flips_allowed(contexts, cold, honest)
-    at_most = flip_probability(contexts.lead_nats, limit) + allowed
+    at_most = np.minimum(flip_probability(contexts.lead_nats, limit) + allowed, 0.99)
     at_zero = _at_zero(contexts, noise_temperature(limit), policy.outlier_share)
     stays = _stays(contexts, others, at_zero)
     gain = np.log1p(-np.minimum(at_most, 0.5)) - np.log(np.maximum(np.exp(stays), policy.outlier_share))
@@ -211,15 +212,14 @@ def same_text(contexts: Contexts, place: int) -> tuple[int, ...]:
 
 
 def _flips_allowed(contexts: Contexts, cold: Ints, honest: list[int]) -> float:
-    """The upper limit of the share of contexts at which the least steady stack of any honest family answers otherwise."""
+    """The upper limit of the share of contexts at which the least steady honest stack answers otherwise."""
     likeliest = contexts.likeliest
-    found: dict[str, tuple[int, int]] = {}
+    limits = []
     for i in honest[1:]:
         known = cold[contexts.recorded[i, cold]]
-        flips = int((likeliest[i, known] != likeliest[0, known]).sum())
-        most, asked = found.get(contexts.stacks[i].family, (0, 0))
-        found[contexts.stacks[i].family] = max(most, flips), max(asked, int(known.size))
-    limits = [share_upper_limit(flips, asked, CONFIDENCE) for flips, asked in found.values() if asked]
+        if known.size:
+            flips = int((likeliest[i, known] != likeliest[0, known]).sum())
+            limits.append(share_upper_limit(flips, int(known.size), CONFIDENCE))
     return max(limits, default=1.0)
 
 
@@ -318,6 +318,11 @@ class TextEvidence:
         return Counter(texts).most_common(1)[0][1] / len(texts)
 
     @property
+    def differing(self) -> NDArray[np.bool_]:
+        """Which answers at temperature 0 are not the reference's, whether they come again or not."""
+        return _differing(self.library, self.cold)
+
+    @property
     def is_cold(self) -> bool:
         """Whether temperature 0 is served, as far as was seen."""
         return self.wavering < NOT_COLD
@@ -333,7 +338,7 @@ def weigh_texts(library: TextLibrary, plan: Plan, observations: dict[str, Observ
     same = np.array([a is None or a == c for a, c in zip(cold.again, cold.columns, strict=True)], np.bool_)
     confirmed = np.array([a is not None for a in cold.again], np.bool_) & same
     flips = differs & confirmed
-    by_cold = _against_cold(library, cold, flips, library.cold.size)
+    by_cold = _against_cold(library, cold, flips)
     tables = np.array([library.log_likelihood(p, c) for p, c in zip(cold.places.tolist(), cold.columns, strict=True)])
     again = np.array([
         library.log_likelihood(p, a) if a is not None else np.zeros(_table_shape(library))
@@ -399,73 +404,122 @@ def _columns(library: TextLibrary, place: int, observation: Observation) -> tupl
     that the host holds back, may have used the token up.
     """
     text = (observation.text or "").strip()
-    ended = observation.fault == "end_of_turn" or observation.finish_reason in ENDS
+    ended = observation.finish_reason in ENDS
     thinks = observation.shows_reasoning or (observation.reasoning_tokens or 0) > 0
     if not observation.answered or thinks or "\ufffd" in text or (not text and not ended):
         return None
     return library.columns_of(place, text, observation.completion_tokens)
 
 
-def _against_cold(library: TextLibrary, cold: Answers, flips: NDArray[np.bool_], pool: int) -> Floats:
-    """Log e-process against honest stacks at temperature 0, whatever they do on the share of so many contexts that is allowed."""
-    if cold.count == 0:
+def _against_cold(library: TextLibrary, answers: Answers, flips: NDArray[np.bool_], *, drawn: bool = False) -> Floats:
+    """Log e-process against honest stacks at temperature 0, whatever they do in as many contexts as they are allowed to."""
+    if answers.count == 0:
         return np.zeros(0)
     likelihood = np.array([
         special.logsumexp(library.at_zero_nats[library.departures, p][:, list(c)], axis=1)
-        for p, c in zip(cold.places.tolist(), cold.columns, strict=True)
+        for p, c in zip(answers.places.tolist(), answers.columns, strict=True)
     ]).T  # fmt: skip
-    # What did not come again is no flip: it counts as kept by everybody.
-    wavers = np.array([a is not None for a in cold.again], np.bool_) & ~flips
-    return cold_process(library, cold_scores(library, cold.places, flips, np.where(wavers, np.nan, likelihood)), pool)
+    # What did not come again is no flip: it counts as kept.
+    return cold_process(library, answers.places, flips, likelihood, drawn=drawn)
 
 
-def cold_scores(library: TextLibrary, places: Ints, flips: NDArray[np.bool_], likelihood_nats: Floats) -> Floats:
-    """What each bet against honest stacks at temperature 0 scores by each answer.
+@dataclass(frozen=True)
+class _ColdBets:
+    """Bets against honest stacks at temperature 0 over one pool of contexts; B bets, N contexts of the library.
 
-    A likelihood ratio, with the most that an honest stack can have for another answer than the reference's; so its mean over the
-    contexts is at most 1 for every honest stack.
+    Attributes
+    ----------
+    kept : float array, shape (B, N)
+        The score of the reference's answer; NaN where the bet, or the pool, has nothing to do with a context.
+    scale : float array, shape (B,)
+        By which the probability of another answer is multiplied to be its score.
+    other : float array, shape (sizes, N)
+        Probability of any other answer under each bet on a size.
+    exceptions : float array, shape (B,)
+        The most that the allowed number of other answers adds to the sum of the scores, wherever they are.
+    """
+
+    kept: Floats
+    scale: Floats
+    other: Floats
+    exceptions: Floats
+
+
+@lru_cache(maxsize=8)
+def _cold_bets(library: TextLibrary, *, drawn: bool) -> _ColdBets:
+    contexts, at_most = library.contexts, library.flip_at_most
+    inside = np.zeros(at_most.size, np.bool_)
+    inside[library.drawn if drawn else library.cold] = True
+    # Where the lead is within the noise, an honest stack may answer anything.
+    inside &= at_most - library.flips_allowed <= NEAR_A_TIE
+    other = np.array([
+        np.maximum(flip_probability(contexts.lead_nats, multiple * library.limit_nats), at_most)
+        for multiple in NOISE_MULTIPLES
+    ])  # fmt: skip
+    departures = library.departures
+    kept = np.concatenate([1 - other, np.minimum(np.exp(library.stays_nats[departures]), 1.0)])
+    known = inside & np.concatenate([np.ones_like(other, np.bool_), contexts.recorded[departures]])
+    kept = np.where(known, kept, np.nan)
+    exact = np.zeros((len(departures), at_most.size))
+    for place in np.flatnonzero(inside).tolist():
+        rest = np.delete(library.at_zero_nats[departures, place], list(same_text(contexts, place)), axis=1)
+        exact[:, place] = np.exp(rest.max(axis=1))
+    most = np.concatenate([other, exact])
+    allowed = exceptions_allowed(library, inside)
+    # With the larger one, what is expected of the departure pays for what is allowed to an honest stack.
+    fair = np.nansum(1 - kept, axis=1) / allowed
+    scale = np.concatenate([factor * fair for factor in SCALES])
+    kept, most = np.concatenate([kept] * len(SCALES)), np.concatenate([most] * len(SCALES))
+    gains = np.sort(np.nan_to_num(np.maximum(scale[:, None] * most - kept, 0.0)), axis=1)[:, ::-1]
+    return _ColdBets(kept, scale, other, gains[:, :allowed].sum(axis=1))
+
+
+def exceptions_allowed(library: TextLibrary, places: NDArray[np.bool_] | Ints) -> int:
+    """In how many of some contexts an honest stack may answer otherwise, at temperature 0."""
+    return max(1, int(library.flip_at_most[places].sum()))
+
+
+def cold_process(
+    library: TextLibrary, places: Ints, flips: NDArray[np.bool_], likelihood_nats: Floats, *, drawn: bool = False
+) -> Floats:
+    """Log e-process of all bets against honest stacks at temperature 0 together.
+
+    A bet is on a departure of some size, or on a recorded one, and scores an answer by its probability under it. An honest stack gives the
+    reference's answer in all contexts but a few; in which, and what it says there, is left open.
 
     Parameters
     ----------
-    places : int array, shape (n,)
-    flips : bool array, shape (n,)
+    places : int array, shape (..., n)
+        In the order of the draw (of several draws at once, where there are leading axes).
+    flips : bool array, shape (..., n)
         Whether the answer is another one than the reference's.
-    likelihood_nats : float array, shape (D, n)
-        Logprob of the answer under every departure; NaN where it counts as kept by all.
-
-    Returns
-    -------
-    float array, shape (bets, n)
-        Bets on a departure of some size, and then on every recorded one.
+    likelihood_nats : float array, shape (D, ..., n)
+        Logprob of the answer under every departure.
+    drawn : bool
+        Whether they are contexts that are drawn at temperature 1.
     """
-    at_most, lead = library.flip_at_most[places], library.contexts.lead_nats[places]
-    by_size = [
-        np.maximum(flip_probability(lead, multiple * library.limit_nats), at_most) for multiple in NOISE_MULTIPLES
-    ]
-    generic = [np.where(flips, q / at_most, (1 - q) / (1 - at_most)) for q in by_size]
-    own = np.exp(likelihood_nats)
-    exact = np.where(np.isfinite(own), np.where(flips, own / at_most, own / (1 - at_most)), 1.0)
-    return np.concatenate([np.array(generic), exact])
-
-
-def cold_process(library: TextLibrary, scores: Floats, pool: int) -> Floats:
-    """Log e-process of the bets together.
-
-    Parameters
-    ----------
-    scores : float array, shape (bets, ..., n)
-    pool : int
-        How many contexts there are; they are drawn without replacement.
-    """
-    generic, exact = len(NOISE_MULTIPLES), len(library.departures)
-    weights = np.array([0.5 / generic] * generic + [0.5 / max(1, exact)] * exact)
-    at_most = np.ones((1, pool))
-    bets = [
-        bounded_score_process(score, at_most, cap=1.0, outlier_share=LEAST_LEFT, stake=stake)
-        for score in scores
-        for stake in STAKES
-    ]
-    return mixture(np.array(bets), np.repeat(weights, len(STAKES)))
+    bets = _cold_bets(library, drawn=drawn)
+    total, pool = np.nansum(bets.kept, axis=1), np.isfinite(bets.kept).sum(axis=1)
+    sizes, departures = len(NOISE_MULTIPLES), len(library.departures)
+    weights, processes = [], []
+    for bet, (kept, scale) in enumerate(zip(bets.kept, bets.scale, strict=True)):
+        kind = bet % (sizes + departures)
+        other = bets.other[kind][places] if kind < sizes else np.exp(likelihood_nats[kind - sizes])
+        usual = kept[places]
+        scores = np.where(flips, scale * other, usual)
+        for stake in STAKES:
+            weights.append(0.5 / sizes if kind < sizes else 0.5 / departures)
+            processes.append(
+                exceptions_process(
+                    scores,
+                    usual,
+                    usual_total=float(total[bet]),
+                    pool=int(pool[bet]),
+                    exceptions=float(bets.exceptions[bet]),
+                    stake=stake,
+                )
+            )
+    return mixture(np.array(processes), np.array(weights))
 
 
 def _warm_likelihoods(
@@ -508,7 +562,7 @@ def _against_drawn(library: TextLibrary, drawn: Answers, tables: Floats) -> Floa
     asked_for = int(np.abs(np.array(library.temperatures) - 1).argmin())
     kinds = [_log_mean(others.reshape(drawn.count, -1)), _log_mean(others[:, :, asked_for].reshape(drawn.count, -1))]
     by_warm = _log_mean(np.array(kinds).T) - honest
-    by_cold = _against_cold(library, drawn, _differing(library, drawn), library.drawn.size)
+    by_cold = _against_cold(library, drawn, _differing(library, drawn), drawn=True)
     return np.asarray(np.minimum(by_cold, by_warm))
 
 

@@ -43,10 +43,11 @@ from weighbridge.records import (
     Findings,
     Observation,
     Outcome,
+    Policy,
     Verdict,
     VerdictWord,
 )
-from weighbridge.reference.bundle import OFFICIAL
+from weighbridge.reference.bundle import OFFICIAL, StackRecord
 
 # Of the checks of one axis the first one speaks for it, unless another one finds something inconsistent.
 CHECKS: tuple[Check, ...] = (
@@ -95,6 +96,8 @@ def _is_decided_by_texts(case: Case, texts: TextEvidence) -> bool:
 def is_decided_raw(case: Case) -> bool:
     """Whether further answers to the reference's own tokens would change nothing."""
     evidence, policy = case.raw_evidence, case.plan.policy
+    if case.raw_texts is not None:
+        return not case.raw_texts.is_cold or _is_decided_by_texts(case, case.raw_texts)
     return evidence is not None and (is_consistent(evidence, policy) or differs_after(evidence, policy) is not None)
 
 
@@ -255,15 +258,24 @@ def _open(weights: Finding, why: str, to_resolve: str) -> Finding:
 
 def _raw(case: Case) -> Finding | None:
     """The weights by the reference's own tokens, where they were asked so and the chat's prompt is not known."""
-    if case.served is not None or case.raw_evidence is None or case.raw_residuals is None:
+    if case.served is not None or (case.raw_evidence is None and case.raw_texts is None):
         return None
-    raw = replace(case, residuals=case.raw_residuals, evidence=case.raw_evidence, mixed=False)
+    raw = replace(case, residuals=case.raw_residuals, evidence=case.raw_evidence, texts=case.raw_texts, mixed=False)
     finding = check_weights(raw)
-    if finding.outcome not in ("consistent", "inconsistent"):
+    # A host may do something of its own with the tokens too, so they accuse only where they are a recorded departure's.
+    if finding.outcome not in ("consistent", "inconsistent") or finding.cause == "none_of_these":
+        return None
+    # And they clear nothing where chat gives what a recorded departure would.
+    if finding.outcome == "consistent" and case.texts is not None and _points_at_weights(case.texts, case.plan.policy):
         return None
     return finding.model_copy(update={
         "summary": f"Asked by raw completions, with no chat template in between: {finding.summary[0].lower()}{finding.summary[1:]}",
     })  # fmt: skip
+
+
+def _points_at_weights(texts: TextEvidence, policy: Policy) -> bool:
+    best = text_explanation(texts, policy)
+    return best is not None and isinstance(texts.library.departure(best), StackRecord)
 
 
 def _word_and_cause(case: Case, by_axis: dict[Axis, Finding]) -> tuple[VerdictWord, Cause | None]:

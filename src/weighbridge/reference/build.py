@@ -346,7 +346,7 @@ def _recordings(spec: Spec, pools: dict[str, Pool], renderings: dict[str, list[P
     for table in sorted(spec.pool, key=lambda table: not table.is_official):
         pool = pools[table.name]
         wanted = {probe.id for probe in pool.probes[: table.first]}
-        if not table.is_official and pool.description.level not in ("L3", "prompt"):
+        if not table.is_official and pool.description.level not in ("L3", "L4", "L5", "prompt"):
             raise ConfigurationError(
                 f"the pool {table.name} is not asked for one token a probe, so it is recorded under the official rendering only",
                 "Remove its renderings",

@@ -28,7 +28,7 @@ from weighbridge.records import BundleIdentity, Cause, PoolIdentity, Record, che
 from weighbridge.reference.licence import LicenceRecord, bundled_text
 
 # The embedded bundles, pinned: the digest of each one's manifest.
-EMBEDDED = {"smollm2-135m-instruct": "cc468c73bb119555f7c5c272beab79ded6eb7ed8c9438a9f576573456f65fc58"}
+EMBEDDED = {"smollm2-135m-instruct": "a87182a2c8acbea663cbf0c71691c46e67f008a6d9aef969cb3ed7a413445878"}
 OFFICIAL = "official"  # the model's own chat template
 NAME = r"^[a-z0-9][a-z0-9._-]{0,79}$"  # of a stack, pool or bundle; some name a folder, so none begins with a dot
 SCHEMA_FILE = Path(__file__).resolve().parent.parent / "schemas" / "bundle-3.json"

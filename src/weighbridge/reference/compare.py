@@ -116,7 +116,13 @@ def add_pools(bundle: Bundle, part: Bundle) -> tuple[Manifest, bytes, bytes]:
     if unlike is not None:
         raise BundleError(f"{bundle.path} and {part.path} differ in {unlike}, so no pools can be added", "Build the part from the same spec, with other [[pool]] tables")  # fmt: skip
     replaced = {pool.id for pool in new.pools}
-    sources = [(bundle, pool) for pool in old.pools if pool.id not in replaced] + [(part, pool) for pool in new.pools]
+    again = {rendered_id(pool.id, pool.rendering): pool for pool in new.pools}
+    sources = []
+    for pool in old.pools:
+        later = again.pop(rendered_id(pool.id, pool.rendering), None)
+        if later is not None or pool.id not in replaced:
+            sources.append((bundle, pool) if later is None else (part, later))
+    sources += [(part, pool) for pool in again.values()]
     sources.sort(key=lambda source: source[1].rendering != OFFICIAL)  # as a build records them
     asked = [(source, i) for source, pool in sources for i in pool.probes]
     names = [source.manifest.probe_ids[i] for source, i in asked]
@@ -183,7 +189,9 @@ def _joined_stacks(bundle: Bundle, part: Bundle, keys: list[str]) -> list[StackR
 def _of_engine(stack: StackRecord) -> dict[str, Any]:
     """What has to be the same where pools are recorded later: everything but the packages beside the engine."""
     settings = stack.model_dump(exclude=_NOISE_FIELDS | {"pools", "engine"})
-    return settings | {"engine": {k: v for k, v in stack.engine.items() if not k.startswith(LOCK)}}
+    # Early bundles state the bits that a weight holds among the engine's facts as well.
+    apart = {name for name in stack.engine if name.split("@")[0] == LOCK} | {"bits_held"}
+    return settings | {"engine": {name: fact for name, fact in stack.engine.items() if name not in apart}}
 
 
 def _unlike(a: Bundle, b: Bundle) -> str | None:

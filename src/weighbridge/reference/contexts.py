@@ -42,6 +42,8 @@ class Contexts:
     lead_nats : float array, shape (N,)
         Of the reference's likeliest text over any other one.
     prompt_tokens : int array, shape (N,)
+    for_text : frozenset of str
+        The probes of the pool that was chosen for text.
     """
 
     probe_ids: list[str]
@@ -52,6 +54,7 @@ class Contexts:
     recorded: NDArray[np.bool_]
     lead_nats: Floats
     prompt_tokens: NDArray[np.int64]
+    for_text: frozenset[str]
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -73,6 +76,7 @@ def contexts_of(bundle: Bundle) -> Contexts | None:
 def _contexts(bundle: Bundle) -> Contexts | None:
     pools = [pool for level in LEVELS if (pool := bundle.pool_at(level)) is not None]
     probe_ids = [probe_id for pool in pools for probe_id in bundle.usable_probes(pool)]
+    for_text = bundle.pool_at("L4")
     if not probe_ids:
         return None
     rows = np.array([bundle.row_index[probe_id] for probe_id in probe_ids], np.int64)
@@ -97,6 +101,7 @@ def _contexts(bundle: Bundle) -> Contexts | None:
         tokens_nats=np.stack([cell_logprobs(one) for one in values]),
         recorded=recorded,
         lead_nats=np.array([_lead(own, at) for own, at in zip(base, names, strict=True)]),
+        for_text=frozenset(bundle.usable_probes(for_text) if for_text is not None else []),
         prompt_tokens=bundle.prompt_tokens[0, [bundle.probe_index[probe_id] for probe_id in probe_ids]].astype(
             np.int64
         ),
@@ -153,12 +158,18 @@ def lead_noise_nats(contexts: Contexts) -> float:
 def cold_probes(contexts: Contexts) -> list[str]:
     """The probes that are worth asking at temperature 0: those at which the reference's lead lies in the band.
 
-    What begins with a part of a character, or with white space, is left out: hosts hold such text back.
+    They are those of the pool that was chosen for text, where the bundle has one: others tell less, and take as many requests. What begins with a part of a character, or with white space, is left out: hosts hold such text back.
     """
     unit = np.sqrt(2) * lead_noise_nats(contexts)
     inside = (contexts.lead_nats >= BAND[0] * unit) & (contexts.lead_nats <= BAND[1] * unit)
     shown = [_is_shown(names, int(best)) for names, best in zip(contexts.names, contexts.likeliest[0], strict=True)]
-    return [probe_id for probe_id, wanted in zip(contexts.probe_ids, inside & np.array(shown), strict=True) if wanted]
+    inside &= np.array(shown)
+    chosen = inside & np.array([probe_id in contexts.for_text for probe_id in contexts.probe_ids])
+    return [
+        probe_id
+        for probe_id, wanted in zip(contexts.probe_ids, chosen if chosen.any() else inside, strict=True)
+        if wanted
+    ]
 
 
 def _is_shown(names: dict[str, tuple[int, ...]], column: int) -> bool:

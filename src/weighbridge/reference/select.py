@@ -24,7 +24,7 @@ TOP_K = 20
 LIKENESS_LIMIT = 0.5  # two probes whose residuals point the same way carry the same evidence twice
 # The band of leads for text at temperature 0, in units of √2 times the noise that an unseen honest stack may have (docs/STATISTICS.md, Pools).
 # Its lower edge is above that of an audit's band, since an audit knows noisier honest stacks than a choice has seen.
-BAND = (2.25, 8.0)
+BAND = (2.5, 8.0)
 STACK_MARGIN = 1.25
 KEPT_LEAD = (
     0.5  # of its lead the reference's token keeps under every honest stack: where one moves so far, another may flip

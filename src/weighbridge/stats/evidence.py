@@ -66,6 +66,39 @@ def bounded_score_process(
     return np.asarray(np.cumsum(np.where(np.isfinite(factors), np.log(np.maximum(factors, 1e-300)), 0.0), axis=-1))
 
 
+def exceptions_process(
+    scores: Floats, usual_scores: Floats, *, usual_total: float, pool: int, exceptions: float, stake: float
+) -> Floats:
+    """Log wealth after each probe of betting that more probes are exceptions than a null stack may have.
+
+    The null is that each probe of the pool has the score that is usual for it, but for some, which ones is left open, that together raise
+    the sum of all by `exceptions` at most. Probes are drawn without replacement, so the next one's score is expected to be at most what is
+    left of the usual sum, and all of the exceptions, over the number of probes that are left: a score over that is a factor.
+
+    Parameters
+    ----------
+    scores : float array, shape (..., n)
+        At least 0, in the order of the draw (of several draws at once, where there are leading axes).
+    usual_scores : float array, shape (..., n)
+        What is usual for the same probes; NaN where the bet says nothing of a probe, which moves nothing.
+    usual_total : float
+        Sum of the usual scores over the pool's probes of which the bet says something, `pool` in number.
+    exceptions : float
+    stake : float
+        The share of the wealth that is bet, in (0, 1].
+
+    Returns
+    -------
+    float array, shape (..., n)
+    """
+    known = np.isfinite(usual_scores)
+    usual = np.where(known, usual_scores, 0.0)
+    seen, count = usual.cumsum(axis=-1) - usual, known.cumsum(axis=-1) - known
+    expected = (usual_total - seen + exceptions) / np.maximum(pool - count, 1)
+    factors = np.where(known, 1 - stake + stake * scores / np.maximum(expected, 1e-12), 1.0)
+    return np.asarray(np.cumsum(np.log(np.maximum(factors, 1e-300)), axis=-1))
+
+
 def _mean_left(pool_mean: float, values: Floats, pool: int) -> Floats:
     """The mean that the probes not yet drawn have before each draw, if the whole pool's is `pool_mean`."""
     seen = np.cumsum(values, axis=-1) - values

@@ -136,7 +136,7 @@ def share_interval(
 
     The count of what stands out is binomial with q = ε t + (1 − ε) f. Clopper and Pearson's interval of q (1934,
     Biometrika 26) inverts the two one-sided exact tests; its coverage is never less than said, which mid-p intervals
-    do not promise. Blaker's (2000, Can. J. Statist. 28) is exact too and 2 to 5 % narrower here, but its ends are no
+    do not promise. Blaker's (2000, Can. J. Statist. 28) is exact too and 2 to 7 % narrower here, but its ends are no
     one-sided limits. Then
 
       lower = (q_lower − c₀) / (t_most − c₀),  upper = q_upper / t_least,
@@ -147,8 +147,8 @@ def share_interval(
     0 of 59 exclude 5 % and 0 of 299 1 %.
 
     Chances that differ from probe to probe make the count's tails lighter than the binomial's (Hoeffding 1956, Ann.
-    Math. Statist. 27, theorem 4; not so where one alone stands out, whose 0.025 may be 0.0253), so the interval then
-    covers the ε that all requests have, if c₀ and t are limits of the means over what was asked.
+    Math. Statist. 27, theorem 4; not so where one alone stands out, or all but one: 0.025 may then be 0.0253, and a
+    one-sided 0.05 be 0.0513; for confidences of 0.9 and more), so the interval then covers the ε that all requests have, if c₀ and t are limits of the means over what was asked.
 
     Parameters
     ----------
@@ -191,8 +191,8 @@ def anytime_share_interval(
     With a chance of at least `confidence`, the intervals after 1, 2, 3, … responses all cover ε. Against "each
     response stands out with a chance of at most q, whatever came before" the bet ∫ Π (v/q)^z ((1 − v)/(1 − q))^(1 −
     z) dπ(u), v = max(u, q), is an e-process, since each factor has a mean of at most 1; the lower end of q is the
-    least that it has not reached α/2 against, and the upper one likewise (a Beta-binomial mixture: Robbins 1970, Ann.
-    Math. Statist. 41; one-sided as in Howard, Ramdas, McAuliffe and Sekhon 2021, Ann. Stat. 49, section 3). One-sided
+    least that it has not reached 2/α against, and the upper one likewise (a Beta-binomial mixture: Robbins 1970, Ann.
+    Math. Statist. 41; compare, one-sided, Howard, Ramdas, McAuliffe and Sekhon 2021, Ann. Stat. 49). One-sided
     bets hold where chances differ from response to response: then c₀ and t are to be limits of each of them, and the
     interval covers ε if it is the same throughout. ε follows from q as in `share_interval`.
 
@@ -378,7 +378,7 @@ def stand_out_process(
         its range.
     """
     flags = _flags(stand_out, several=True)
-    if not 0 < false_positive < 1:
+    if not 0 < false_positive < 1 or not np.isfinite(1 / false_positive):
         raise ValueError(f"the rate of false positives must lie between 0 and 1, not {false_positive}")
     return _bets(flags.astype(np.float64), false_positive, 1.0, shares, pool)
 

@@ -24,10 +24,10 @@ _LARGEST = 600.0  # whose exponential is still finite
 
 
 def noise_temperature(noise_nats: float) -> float:
-    """The temperature at which a draw changes places as often as noise of a logprob does at temperature 0.
+    """The temperature at which a draw's noise has the standard deviation that noise of a logprob has at temperature 0.
 
     The difference of two Gumbel variables of scale β is logistic with the standard deviation βπ/√3; that of two logprobs with noise σ is
-    √2 σ. So β = √6 σ / π.
+    √2 σ. So β = √6 σ / π. Beyond twice that deviation the logistic's tail is the heavier one.
     """
     return float(np.sqrt(6) / np.pi * noise_nats)
 
@@ -42,6 +42,8 @@ def flip_probability(lead_nats: Floats, noise_nats: float) -> Floats:
     noise_nats : float
         Standard deviation of one logprob's noise, taken to be normal.
     """
+    if noise_nats == 0:
+        return np.where(np.asarray(lead_nats) == 0, 0.5, 0.0)
     return np.asarray(special.ndtr(-lead_nats / (np.sqrt(2) * noise_nats)))
 
 

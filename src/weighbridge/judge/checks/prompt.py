@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from weighbridge.judge.case import Case
+from weighbridge.judge.checks.texts import is_consistent_text
 from weighbridge.judge.checks.weights import is_consistent, mean_cosines, nearest
 from weighbridge.judge.renderings import MATCHING_SHARE, PromptReading, has_system, stands_ahead
 from weighbridge.records import Cause, Effect, Finding
@@ -171,6 +172,9 @@ def _unknown(
             "inconsistent", f"The answers lean as they do under another prompt (cosine {leaning[1]:.2f} with {record.description}), and are not its: an unknown text stands before the conversation",
             cause="hidden_prompt" if record.cause == "hidden_prompt" or _stands_ahead(case, record.id) else "template", effects=shift, **common,
         )  # fmt: skip
+    if _raw_is_consistent(case):
+        text = "Sent as the reference's own tokens, by raw completions, the probes are answered as the reference does, and through chat they are not: chat puts another text around the messages, of no recorded kind, or something else answers there"
+        return _finding("inconsistent", text, cause="none_of_these", effects=shift, **common)
     return _finding(
         "inconclusive",
         "The answers are not the reference's, and no recorded rendering or departure explains them: another prompt, or other weights"
@@ -180,6 +184,13 @@ def _unknown(
         effects=shift,
         **common,
     )
+
+
+def _raw_is_consistent(case: Case) -> bool:
+    """Whether the weights are the reference's where no chat template stands in between."""
+    if case.raw_texts is not None:
+        return is_consistent_text(case.raw_texts, case.plan)
+    return case.raw_evidence is not None and is_consistent(case.raw_evidence, case.plan.policy)
 
 
 def _added(length_tokens: float | None) -> list[Effect]:

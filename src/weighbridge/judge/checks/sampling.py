@@ -265,9 +265,15 @@ def _from_texts(case: Case, details: dict[str, Any]) -> Finding:
             details=details,
             to_resolve="Ask the host for logprobs",
         )
+    seen = [what for what, known in (("repeat at temperature 0", again), ("vary at temperature 1", varies)) if known]
+    text = (
+        f"Texts {' and '.join(seen)}, as they should"
+        if seen
+        else "Whether texts repeat at temperature 0 and vary at temperature 1 was not answered"
+    )
     return _finding(
         "inconclusive",
-        "Texts repeat at temperature 0 and vary at temperature 1, as they should; without logprobs that says little",
+        f"{text}; without logprobs that says little",
         details=details,
         to_resolve="Ask the host for logprobs",
     )

@@ -74,18 +74,24 @@ def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
         return Finding(
             **common, outcome="not_supported", summary="Too few texts at temperature 0 to tell one from another"
         )
-    out = texts.flips.copy()
+    # Each request goes its own way: what one answers and another does not stands out as well, and so may what does not come back.
+    out = np.concatenate([texts.differing, np.ones(texts.cold.asked - n, np.bool_)])
     # Of the contexts that were asked, how often the 4-bit weights that do so least often answer otherwise.
     distributions = [texts.library.departures[i] for i in coarse]
     known = texts.library.contexts.recorded[distributions][:, texts.cold.places]
     others = np.where(known, 1 - np.exp(texts.library.stays_nats[distributions][:, texts.cold.places]), 0.0)
-    asked = known.sum(axis=1)
-    told = float((others.sum(axis=1)[asked > 0] / asked[asked > 0]).min())
+    told = float(others.sum(axis=1)[known.any(axis=1)].min() / n) if known.any() else 0.0
+    if told == 0:
+        return Finding(
+            **common,
+            outcome="not_supported",
+            summary="No recorded 4-bit weights are told by the contexts that were asked",
+        )
     _, high = share_interval(out, Rates(false_positive=0.0, true_positive=told), confidence=CONFIDENCE, tails="upper")
     return Finding(
-        **common, outcome="inconclusive", details={"stand_out": [texts.library.contexts.probe_ids[p] for p in texts.cold.places[out].tolist()]},
+        **common, outcome="inconclusive", details={"stand_out": [texts.library.contexts.probe_ids[p] for p in texts.cold.places[texts.differing].tolist()]},
         effects=[Effect(name="upper limit of the share that recorded 4-bit weights answered", value=high, unit="1", confidence=CONFIDENCE)],
-        summary=f"{int(out.sum())} of {n} first tokens are not the reference's, where recorded 4-bit weights give {told:.0%} others at least: such weights answered at most {high:.0%} of requests (95 % upper limit); a fainter departure, or a rarer one, would not stand out",
+        summary=f"{int(out.sum())} of {out.size} first tokens are not the reference's or did not come, where recorded 4-bit weights give {told:.0%} others at least: such weights answered at most {high:.0%} of requests (95 % upper limit); a fainter departure, or a rarer one, would not stand out",
         to_resolve="Logprobs, or more requests: 299 of which none stands out bring the limit to 1 % of what is always told",
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from weighbridge.dialects import DIALECTS
 from weighbridge.judge.case import Case
 from weighbridge.judge.texts import TextEvidence, excludable
 from weighbridge.records import Cause, Effect, Finding, Plan, Policy
@@ -136,7 +137,7 @@ def check_texts(case: Case) -> Finding:
     return Finding(
         **common, outcome="inconclusive",
         summary=f"{basis}: after {n} answers neither the honest library nor every departure is excluded" + ("" if texts.is_cold else "; temperature 0 is not served, which hides small departures"),
-        to_resolve="Ask the host for logprobs, which tell in a few answers; or raise --max-requests",
+        to_resolve=_more(case),
     )  # fmt: skip
 
 
@@ -158,6 +159,15 @@ def _differs(texts: TextEvidence, policy: Policy, common: dict[str, Any], basis:
         **common, outcome="inconsistent", cause=cause, exact_variant=name, family=record.departure_class,
         summary=f"{what}; they are those of {record.description if name else 'the family ' + str(record.departure_class)}{matching}",
     )  # fmt: skip
+
+
+def _more(case: Case) -> str:
+    """What would tell more: logprobs, where the kind of API has any."""
+    if DIALECTS[case.plan.endpoint.dialect].gives_logprobs:
+        return "Ask the host for logprobs, which tell in a few answers; or raise --max-requests"
+    return (
+        "Raise --max-requests; or audit the host's OpenAI-compatible API, where it has one, which may return logprobs"
+    )
 
 
 def _finest(texts: TextEvidence, plan: Plan) -> str:
