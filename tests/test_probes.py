@@ -223,7 +223,9 @@ def test_the_renderings_were_recorded_on_the_first_probes_of_these_pools(bundle:
     renderings = [h.id for h in bundle.manifest.hypotheses if h.id != OFFICIAL]
     rendered = [pool for pool in bundle.manifest.pools if pool.rendering != OFFICIAL]
     assert [(pool.id, pool.rendering) for pool in rendered] == [
-        (name, rendering) for name in ("prompt-structure", "chat-one-token") for rendering in renderings
+        (name, rendering)
+        for name in ("prompt-structure", "chat-one-token", "banded-one-token")
+        for rendering in renderings
     ]
     for recorded in rendered:
         pool = pool_at_hand(bundle, recorded)

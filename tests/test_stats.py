@@ -1,5 +1,6 @@
 """The mathematics: exact small cases, properties, and the error rates that the e-processes promise."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from weighbridge.reference.bundle import (
     StackRecord,
     WeightsSource,
 )
-from weighbridge.stats.evidence import bounded_score_process, first_crossing, mixture, tilted_score
+from weighbridge.stats.evidence import bounded_score_process, exceptions_process, first_crossing, mixture, tilted_score
 from weighbridge.stats.residuals import (
     SMALLEST_SCALE_NATS,
     centred_difference,
@@ -63,6 +64,37 @@ def reals(low: float, high: float) -> st.SearchStrategy[float]:
 
 
 # -- residuals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stake", [1.0, 0.4])
+@pytest.mark.parametrize("exceptions", [(), (0,), (4,), (0, 3)])
+def test_exceptions_that_are_allowed_are_no_evidence_wherever_they_are(
+    exceptions: tuple[int, ...], stake: float
+) -> None:
+    """The wealth's mean over all orders of a small pool is at most 1 after each draw, for every set of exceptions that is allowed."""
+    usual = np.array([0.2, 0.9, 0.5, 1.0, 0.7, np.nan])
+    other = np.array([3.0, 2.0, 4.0, 3.5, 1.5, 9.0])
+    gain = np.sort((other - usual)[:5])[::-1][:2].sum()
+    scores = np.where(np.isin(np.arange(6), exceptions), other, usual)
+    orders = np.array(list(itertools.permutations(range(6))))
+    wealth = np.exp(
+        exceptions_process(
+            scores[orders],
+            usual[orders],
+            usual_total=float(np.nansum(usual)),
+            pool=5,
+            exceptions=float(gain),
+            stake=stake,
+        )
+    )
+    assert (wealth.mean(axis=0) <= 1 + 1e-12).all()
+
+
+def test_more_exceptions_than_are_allowed_are_evidence() -> None:
+    usual = np.full(200, 0.4)
+    scores = np.where(np.arange(200) % 2 == 0, 30.0, usual)
+    log_wealth = exceptions_process(scores, usual, usual_total=80.0, pool=200, exceptions=3 * 29.6, stake=1.0)
+    assert log_wealth[40] > np.log(1000)
 
 
 def test_the_centred_difference_is_endpoint_minus_reference_without_its_mean() -> None:

@@ -38,7 +38,16 @@ from weighbridge.judge.checks.texts import (
 from weighbridge.judge.library import Library, build_library
 from weighbridge.judge.opening import open_case
 from weighbridge.judge.policy import load_policy
-from weighbridge.judge.texts import TextEvidence, TextLibrary, build_text_library, excludable, weigh_texts
+from weighbridge.judge.texts import (
+    TextEvidence,
+    TextLibrary,
+    build_text_library,
+    cold_process,
+    exceptions_allowed,
+    excludable,
+    same_text,
+    weigh_texts,
+)
 from weighbridge.judge.verdict import is_decided, judge
 from weighbridge.plan import check_draw, make_plan
 from weighbridge.probes import draw
@@ -422,13 +431,16 @@ def test_what_is_asked_at_temperature_0_lies_in_the_band() -> None:
     assert unit > 0
     asked_for = cold_probes(contexts())
     inside = [BAND[0] * unit <= lead <= BAND[1] * unit for lead in contexts().lead_nats]
+    pool = bundle().pool_at("L4")
+    assert pool is not None
+    chosen = {bundle().manifest.probe_ids[i] for i in pool.probes}
     # Hosts hold back what begins with white space alone or with a part of a character.
     best = [name_of(place, int(column)).strip() for place, column in enumerate(contexts().likeliest[0])]
     shown = [text != "" and "\ufffd" not in text for text in best]
     assert asked_for == [
         probe
         for probe, within, is_shown in zip(contexts().probe_ids, inside, shown, strict=True)
-        if within and is_shown
+        if within and is_shown and probe in chosen
     ]
     assert 50 < len(asked_for) < len(contexts().probe_ids)
     assert [contexts().probe_ids[place] for place in library().cold] == asked_for
@@ -481,7 +493,7 @@ def test_an_honest_stack_at_temperature_0_is_never_rejected_and_cleared_in_the_e
 
 def test_a_stack_with_all_the_noise_that_is_allowed_is_never_rejected() -> None:
     flips = 0
-    for seed in range(6):
+    for seed in range(16):
         rng = np.random.default_rng(seed)
         own = contexts().tokens_nats[0, :, :-1]
         noisy = (own + rng.normal(0, library().limit_nats, own.shape)).argmax(axis=1)
@@ -491,6 +503,32 @@ def test_a_stack_with_all_the_noise_that_is_allowed_is_never_rejected() -> None:
         assert texts.log_total.max() < DIFFERS
         assert text_explanation(texts, POLICY) is None
     assert flips
+
+
+@pytest.mark.parametrize("alike", [None, "int8", "fp8-e4m3", "llamacpp-q4_0"])
+def test_as_many_other_answers_as_an_honest_stack_is_allowed_reject_it_nowhere(alike: str | None) -> None:
+    """Wherever they are, and though they are a departure's own, over the whole pool."""
+    most = exceptions_allowed(library(), library().cold)
+    assert most >= 1
+    index = names().index(alike) if alike else 0
+    known = [p for p in library().cold.tolist() if contexts().recorded[index, p]]
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        others = (
+            known
+            if alike is None
+            else [p for p in known if contexts().likeliest[index, p] not in same_text(contexts(), p)]
+        )
+        exceptions = set(rng.choice(others, most, replace=False).tolist())
+        places = rng.permutation(library().cold)
+        columns = [int(contexts().likeliest[index if alike and p in exceptions else 0, p]) for p in places.tolist()]
+        flips = np.array([p in exceptions for p in places.tolist()])
+        if alike is None:
+            columns = [
+                int(np.argsort(-contexts().tokens_nats[0, p, :-1])[int(p in exceptions)]) for p in places.tolist()
+            ]
+        likelihood = library().at_zero_nats[:, places, columns][library().departures].astype(np.float64)
+        assert cold_process(library(), places, flips, likelihood).max() < DIFFERS
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
@@ -521,9 +559,10 @@ def test_the_evidence_after_some_answers_does_not_depend_on_those_that_follow() 
         for count in (1, 5, 13):
             kept = {name: o for name, o in seen.items() if name.removesuffix("-again") in firsts[:count]}
             part = weighed(kept)
-            assert part.answers == count
-            np.testing.assert_allclose(part.log_total, texts.log_total[:count], atol=1e-9)
-            np.testing.assert_allclose(part.log_exclusion, texts.log_exclusion[:, :count], atol=1e-9)
+            # White space alone says nothing.
+            assert count - 2 <= part.answers <= count
+            np.testing.assert_allclose(part.log_total, texts.log_total[: part.answers], atol=1e-9)
+            np.testing.assert_allclose(part.log_exclusion, texts.log_exclusion[:, : part.answers], atol=1e-9)
 
 
 def test_an_honest_endpoint_excludes_coarse_weights_and_not_what_texts_cannot_show() -> None:
@@ -611,7 +650,7 @@ def test_what_nobody_recorded_differs_and_is_explained_by_nothing() -> None:
         texts = weighed(asked(second_likeliest, count))
         assert text_explanation(texts, POLICY) is None
     assert text_differs_after(texts, POLICY) is not None
-    assert int(texts.flips.sum()) == texts.answers == 60
+    assert int(texts.flips.sum()) == texts.answers >= 58
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -741,7 +780,10 @@ def test_a_longer_text_is_read_by_its_beginning() -> None:
     assert library().columns_of(place, f"{long}~~", 1) == nothing_known
 
 
-@pytest.mark.parametrize("ended", [{"fault": "end_of_turn"}, {"finish_reason": "stop"}, {"finish_reason": "end_turn"}])
+@pytest.mark.parametrize(
+    "ended",
+    [{"fault": "end_of_turn", "finish_reason": "stop"}, {"finish_reason": "stop"}, {"finish_reason": "end_turn"}],
+)
 @pytest.mark.parametrize("text", [None, "", "\n"])
 def test_an_empty_answer_that_ends_the_turn_is_an_answer(text: str | None, ended: dict[str, str]) -> None:
     request = plan().text_requests[0]
@@ -759,6 +801,8 @@ def test_an_empty_answer_that_ends_the_turn_is_an_answer(text: str | None, ended
         (None, {}),
         (None, {"fault": "no_content"}),
         ("", {"finish_reason": "length"}),
+        ("", {"finish_reason": "content_filter", "fault": "end_of_turn"}),
+        (None, {"finish_reason": "tool_calls", "fault": "end_of_turn"}),
         (" \n\t", {}),
         ("\ufffd", {}),
         ("caf\ufffd", {"finish_reason": "stop"}),
@@ -921,11 +965,11 @@ def test_altered_weights_differ_by_their_precision(stack_id: str, variant: str, 
     assert (found.verdict.axes["weights"], found.verdict.axes["prompt"]) == ("inconsistent", "consistent")
     assert "No logprobs are returned" in found.verdict.sentence
     assert (found.case.settled, found.case.served, is_decided(found.case)) == (True, OFFICIAL, True)
-    assert found.verdict.answers_used == count
+    assert count - 2 <= found.verdict.answers_used <= count
     ranked = found.weights.details["text_departures"]
     assert ranked[0]["departure"] == variant
     assert ranked[0]["log10_gain"] >= 3
-    assert len(found.weights.details["text_course"]) == count
+    assert len(found.weights.details["text_course"]) == found.verdict.answers_used
 
 
 @pytest.mark.parametrize("rendering", ["generic-system", "no-template", "missing-bos", "hidden-system"])

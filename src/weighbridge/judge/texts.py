@@ -107,13 +107,16 @@ class TextLibrary:
         What has white space inside is more than one, whatever is counted.
         """
         names, text = self.contexts.names[place], text.strip()
-        if text in names:
-            return names[text]
-        if completion_tokens != 1 or len(text.split()) > 1:
-            begins = max((name for name in names if name and text.startswith(name)), key=len, default=None)
-            if begins is not None:
-                return names[begins]
-        return (self.contexts.tokens_nats.shape[2] - 1,)
+        if completion_tokens == 1 and len(text.split()) <= 1:
+            return names.get(text, (self.contexts.tokens_nats.shape[2] - 1,))
+        begins = max(
+            (name for name in names if name == text or (name and text.startswith(name))), key=len, default=None
+        )
+        if begins is None:
+            return (self.contexts.tokens_nats.shape[2] - 1,)
+        # What can be the reference's own token, gone on with, is no other one.
+        own = next(name for name, columns in names.items() if int(self.contexts.likeliest[0, place]) in columns)
+        return names[begins] + (names[own] if own and own != begins and text.startswith(own) else ())
 
     def is_drawn(self, probe_id: str) -> bool:
         """Whether a probe is one of those that are drawn at temperature 1."""
@@ -387,8 +390,10 @@ def _answers(
         if twin is not None and reference[place] not in first:
             repeat = observations.get(twin(request).request_id)
             second = _columns(library, place, repeat) if repeat is not None else None
+            if repeat is None:  # not yet: what has come after it does not count before it
+                asked -= 1
+                break
             if second is None:
-                asked -= repeat is None
                 continue
         places.append(place)
         columns.append(first)

@@ -44,6 +44,8 @@ class Contexts:
     prompt_tokens : int array, shape (N,)
     for_text : frozenset of str
         The probes of the pool that was chosen for text.
+    repeats : bool array, shape (N,)
+        Whether the reference's likeliest token stands in the prompt.
     """
 
     probe_ids: list[str]
@@ -55,6 +57,7 @@ class Contexts:
     lead_nats: Floats
     prompt_tokens: NDArray[np.int64]
     for_text: frozenset[str]
+    repeats: NDArray[np.bool_]
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -101,6 +104,12 @@ def _contexts(bundle: Bundle) -> Contexts | None:
         tokens_nats=np.stack([cell_logprobs(one) for one in values]),
         recorded=recorded,
         lead_nats=np.array([_lead(own, at) for own, at in zip(base, names, strict=True)]),
+        repeats=np.array(
+            [
+                bundle.token_ids[row, int(np.nanargmax(own))] in bundle.prompt_of(probe_id)
+                for probe_id, row, own in zip(probe_ids, rows.tolist(), base, strict=True)
+            ]
+        ),
         for_text=frozenset(bundle.usable_probes(for_text) if for_text is not None else []),
         prompt_tokens=bundle.prompt_tokens[0, [bundle.probe_index[probe_id] for probe_id in probe_ids]].astype(
             np.int64
@@ -158,12 +167,15 @@ def lead_noise_nats(contexts: Contexts) -> float:
 def cold_probes(contexts: Contexts) -> list[str]:
     """The probes that are worth asking at temperature 0: those at which the reference's lead lies in the band.
 
-    They are those of the pool that was chosen for text, where the bundle has one: others tell less, and take as many requests. What begins with a part of a character, or with white space, is left out: hosts hold such text back.
+    They are those of the pool that was chosen for text, where the bundle has one: others tell less, and take as many requests.
+
+    Left out is what begins with a part of a character, or with white space: hosts hold such text back. And so is what repeats the prompt: some hosts punish
+    that, as a model's own generation settings may say.
     """
     unit = np.sqrt(2) * lead_noise_nats(contexts)
     inside = (contexts.lead_nats >= BAND[0] * unit) & (contexts.lead_nats <= BAND[1] * unit)
     shown = [_is_shown(names, int(best)) for names, best in zip(contexts.names, contexts.likeliest[0], strict=True)]
-    inside &= np.array(shown)
+    inside &= np.array(shown) & ~contexts.repeats
     chosen = inside & np.array([probe_id in contexts.for_text for probe_id in contexts.probe_ids])
     return [
         probe_id
