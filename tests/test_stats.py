@@ -84,8 +84,8 @@ def test_exceptions_that_are_allowed_are_no_evidence_wherever_they_are(
             usual_total=float(np.nansum(usual)),
             pool=5,
             exceptions=float(gain),
-            stake=stake,
-        )
+            stakes=[stake],
+        )[0]
     )
     assert (wealth.mean(axis=0) <= 1 + 1e-12).all()
 
@@ -93,7 +93,7 @@ def test_exceptions_that_are_allowed_are_no_evidence_wherever_they_are(
 def test_more_exceptions_than_are_allowed_are_evidence() -> None:
     usual = np.full(200, 0.4)
     scores = np.where(np.arange(200) % 2 == 0, 30.0, usual)
-    log_wealth = exceptions_process(scores, usual, usual_total=80.0, pool=200, exceptions=3 * 29.6, stake=1.0)
+    log_wealth = exceptions_process(scores, usual, usual_total=80.0, pool=200, exceptions=3 * 29.6, stakes=[1.0])[0]
     assert log_wealth[40] > np.log(1000)
 
 

@@ -506,25 +506,25 @@ def cold_process(
     bets = _cold_bets(library, drawn=drawn)
     total, pool = np.nansum(bets.kept, axis=1), np.isfinite(bets.kept).sum(axis=1)
     sizes, departures = len(NOISE_MULTIPLES), len(library.departures)
-    weights, processes = [], []
+    weights: list[float] = []
+    processes = []
     for bet, (kept, scale) in enumerate(zip(bets.kept, bets.scale, strict=True)):
         kind = bet % (sizes + departures)
         other = bets.other[kind][places] if kind < sizes else np.exp(likelihood_nats[kind - sizes])
         usual = kept[places]
         scores = np.where(flips, scale * other, usual)
-        for stake in STAKES:
-            weights.append(0.5 / sizes if kind < sizes else 0.5 / departures)
-            processes.append(
-                exceptions_process(
-                    scores,
-                    usual,
-                    usual_total=float(total[bet]),
-                    pool=int(pool[bet]),
-                    exceptions=float(bets.exceptions[bet]),
-                    stake=stake,
-                )
+        weights += [0.5 / sizes if kind < sizes else 0.5 / departures] * len(STAKES)
+        processes.append(
+            exceptions_process(
+                scores,
+                usual,
+                usual_total=float(total[bet]),
+                pool=int(pool[bet]),
+                exceptions=float(bets.exceptions[bet]),
+                stakes=STAKES,
             )
-    return mixture(np.array(processes), np.array(weights))
+        )
+    return mixture(np.concatenate(processes), np.array(weights))
 
 
 def _warm_likelihoods(

@@ -12,6 +12,8 @@ Every process bets with a bounded score of one number for each probe: the log of
 its cosine with a recorded departure.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,7 +69,7 @@ def bounded_score_process(
 
 
 def exceptions_process(
-    scores: Floats, usual_scores: Floats, *, usual_total: float, pool: int, exceptions: float, stake: float
+    scores: Floats, usual_scores: Floats, *, usual_total: float, pool: int, exceptions: float, stakes: Sequence[float]
 ) -> Floats:
     """Log wealth after each probe of betting that more probes are exceptions than a null stack may have.
 
@@ -84,19 +86,19 @@ def exceptions_process(
     usual_total : float
         Sum of the usual scores over the pool's probes of which the bet says something, `pool` in number.
     exceptions : float
-    stake : float
-        The share of the wealth that is bet, in (0, 1].
+    stakes : sequence of float
+        Shares of the wealth that are bet, in (0, 1]; one process for each.
 
     Returns
     -------
-    float array, shape (..., n)
+    float array, shape (stakes, ..., n)
     """
     known = np.isfinite(usual_scores)
     usual = np.where(known, usual_scores, 0.0)
     seen, count = usual.cumsum(axis=-1) - usual, known.cumsum(axis=-1) - known
     expected = (usual_total - seen + exceptions) / np.maximum(pool - count, 1)
-    factors = np.where(known, 1 - stake + stake * scores / np.maximum(expected, 1e-12), 1.0)
-    return np.asarray(np.cumsum(np.log(np.maximum(factors, 1e-300)), axis=-1))
+    gain = np.where(known, scores / np.maximum(expected, 1e-12) - 1, 0.0)
+    return np.stack([np.log(np.maximum(1 + stake * gain, 1e-300)).cumsum(axis=-1) for stake in stakes])
 
 
 def _mean_left(pool_mean: float, values: Floats, pool: int) -> Floats:
