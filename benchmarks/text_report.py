@@ -88,7 +88,9 @@ def plot(document: Document, path: Path) -> None:
         colour, marker = style
         axis.plot(x, y, marker, color=colour, markersize=6, label=label, linestyle="none")
         if more:
-            axis.annotate("", (x * 1.5, y), (x * 1.08, y), arrowprops={"arrowstyle": "->", "color": colour})
+            axis.annotate(
+                "", (x * 1.5, y), (x * 1.08, y), arrowprops={"arrowstyle": "->", "color": colour}, annotation_clip=False
+            )
 
     def ours(axis: Axes, pair: tuple[float, float], y: float) -> None:
         if np.isfinite(pair[0]):
