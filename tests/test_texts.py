@@ -940,6 +940,18 @@ def judged(seen: dict[str, Observation], *, counted: bool = True, of: Plan | Non
     return Judged(case, verdict, {finding.check: finding for finding in findings.findings})
 
 
+def test_where_no_prompts_are_asked_the_texts_own_counts_tell_the_prompt() -> None:
+    without = plan().model_copy(update={"prompt_requests": []})
+    counts = bundle().prompt_tokens[0]
+    for added, expected in ((0, "consistent"), (30, "inconclusive")):
+        seen = {
+            name: o.model_copy(update={"prompt_tokens": int(counts[bundle().probe_index[o.probe_id]]) + added})
+            for name, o in stack("hf-bfloat16").items()
+        }
+        found = judged(seen, of=without)
+        assert (found.verdict.axes["prompt"], found.verdict.axes["weights"]) == (expected, "consistent")
+
+
 def test_an_honest_endpoint_is_consistent_and_what_texts_cannot_show_is_said() -> None:
     found = judged(stack("hf-bfloat16"))
     assert (found.verdict.verdict, found.verdict.cause) == ("consistent", None)

@@ -37,8 +37,9 @@ def open_case(plan: Plan, capability: Capability, observations: Iterable[Observa
     usable = capability.top_logprobs >= MIN_TOP_LOGPROBS and capability.temperature_regime != "other"
     reading = None
     if library is not None:
-        probes = {r.probe.id: r.probe for r in (*plan.prompt_requests, *plan.probe_requests)}
-        shown = [*prompt_answers, *answers]
+        probes = {r.probe.id: r.probe for r in (*plan.prompt_requests, *plan.probe_requests, *plan.text_requests)}
+        # A bundle without prompts of every structure has token counts all the same, of whatever was asked.
+        shown = [*prompt_answers, *answers] or of(r.request_id for r in plan.text_requests)
         if not usable:
             shown = [o.model_copy(update={"top": None}) for o in shown]
         reading = read_prompt(
