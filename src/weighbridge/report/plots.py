@@ -158,7 +158,7 @@ def text_departures_plot(details: dict[str, Any]) -> str:
             axes.plot(row["log10_gain"], height, "s" if row["is_weights"] else "^", color=INK, zorder=3)
         axes.axvline(0, color=SOFT, linewidth=0.6)
         axes.set_yticks(range(len(rows)), [row["recorded_as"] for row in rows])
-        axes.set_xlabel("log10 of how much better it explains the answers than noise of any size")
+        axes.set_xlabel("log10 of the gain over noise of any size")
 
     rows = min(FOREMOST, len(details["text_departures"]))
     return svg(paint, height=0.34 * rows + 0.9, title="How well each recorded departure explains the answers")
