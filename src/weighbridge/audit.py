@@ -19,7 +19,17 @@ from weighbridge.judge.checks.reasoning import reasons
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_library
 from weighbridge.judge.opening import open_case
 from weighbridge.judge.texts import TextLibrary, build_text_library
-from weighbridge.judge.verdict import control_of, is_decided, is_decided_raw, judge, useful_probes
+from weighbridge.judge.verdict import (
+    control_of,
+    is_decided,
+    is_decided_raw,
+    is_diversion_decided,
+    is_diverted_if_cold,
+    judge,
+    may_be_diverted,
+    useful_probes,
+)
+from weighbridge.judge.whole import wanted_repeats
 from weighbridge.keys import Key
 from weighbridge.observe import observe
 from weighbridge.plan import check_draw, worst_case_tokens
@@ -147,6 +157,8 @@ class Auditor:
             await self._records(collector)
             because = _of_the_whole(await self._raw_probes(collector)) or because
             because = await self._sampling(collector) or because
+            if because in FINAL_REASONS:
+                await self._whole_answers(collector)
         return because
 
     async def _listing(self, collector: Collector) -> None:
@@ -211,6 +223,30 @@ class Auditor:
             collector, requests, lambda seen: "decided" if is_decided_raw(self._case(seen)) else None
         )
         return None if because in (None, "decided") else because
+
+    async def _whole_answers(self, collector: Collector) -> None:
+        """Where there is text alone, spend what is left on whole answers, which tell whether some requests go elsewhere.
+
+        Where some stand out they are asked for again, and so are some others, which tells whether temperature 0 is served. However this ends,
+        what the audit ended for before stands.
+        """
+        case = await _in_thread(self._case, dict(self._seen))
+        if not self._plan.whole_requests or not may_be_diverted(case):
+            return
+        asked = self._plan.whole_requests
+        await self._send_until(
+            collector, asked, lambda seen: "suspected" if is_diverted_if_cold(self._case(seen)) else None
+        )
+        case = await _in_thread(self._case, dict(self._seen))
+        if case.whole is None or not is_diverted_if_cold(case):
+            return
+        wanted = {name: n for n, name in enumerate(wanted_repeats(case.whole, asked))}
+        again = sorted(
+            (t for r in asked if (t := again_twin(r)).request_id in wanted), key=lambda t: wanted[t.request_id]
+        )
+        await self._send_until(
+            collector, again, lambda seen: "decided" if is_diversion_decided(self._case(seen)) else None
+        )
 
     async def _sampling(self, collector: Collector) -> str | None:
         efforts = {f"sampling-{name}" for name in EFFORTS}

@@ -27,7 +27,7 @@ TOP_20, TOP_5, PLAIN, TEMPERATURE = (
     "capability-temperature",
 )
 # How requests begin that are asked for their text alone, at temperature 0 and at 1.
-TEXT, DRAWN = "text-", "drawn-"
+TEXT, DRAWN, WHOLE = "text-", "drawn-", "whole-"
 PURPOSES = {
     TOP_20: "does it return 20 logprobs",
     TOP_5: "does it return 5 logprobs",
@@ -53,7 +53,7 @@ def asks_for_text(request_id: str) -> bool:
 def sampling_of(request: PlannedRequest, capability: Capability) -> tuple[float, int]:
     """The temperature and the number of logprobs that a request asks for."""
     request_id = request.request_id
-    if asks_for_text(request_id):
+    if asks_for_text(request_id) or request_id.startswith(WHOLE):
         return 0.0, 0
     if request_id.startswith(DRAWN):
         return 1.0, 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weighbridge import __version__
 from weighbridge.canonical import canonical_bytes, sha256_hex
-from weighbridge.capability import TEXT, capability_requests
+from weighbridge.capability import TEXT, WHOLE, capability_requests
 from weighbridge.dialects import DIALECTS
 from weighbridge.dialects.routes import route_requests
 from weighbridge.errors import BundleError, ConfigurationError, RunFolderError
@@ -28,6 +28,7 @@ from weighbridge.records import (
 from weighbridge.reference.bundle import EMBEDDED, Bundle, PoolRecord, rendered_id, unfit_to_judge
 from weighbridge.reference.contexts import LEVELS as CONTEXT_LEVELS
 from weighbridge.reference.contexts import cold_probes, contexts_of
+from weighbridge.reference.paths import MOST_REPEATS
 from weighbridge.sampling import sampling_requests
 
 MOST_CAPABILITY_REQUESTS = 4
@@ -141,6 +142,7 @@ def make_plan(
     prompts: list[PlannedRequest] = []
     probes: list[PlannedRequest] = []
     texts: list[PlannedRequest] = []
+    whole: list[PlannedRequest] = []
     identity: PoolIdentity | None = None
     if bundle is not None:
         problem = unfit_to_judge(bundle, level)
@@ -159,6 +161,7 @@ def make_plan(
         ]
         prompts = _prompt_requests(bundle)
         texts = _text_requests(bundle, seed)
+        whole = _whole_requests(bundle, seed)
     run_id = run_id or secrets.token_hex(8)
     sampling = _sampling_requests(endpoint, bundle, run_id)
     capability = capability_requests()
@@ -181,7 +184,8 @@ def make_plan(
         probe_requests=probes,
         sampling_requests=sampling,
         text_requests=texts,
-        estimate=_estimate(endpoint, bundle, len(route), [*capability, *prompts, *sampling], probes, texts),
+        whole_requests=whole,
+        estimate=_estimate(endpoint, bundle, len(route), [*capability, *prompts, *sampling], probes, texts, whole),
     )
 
 
@@ -203,6 +207,7 @@ def check_draw(plan: Plan, bundle: Bundle) -> None:
     as_drawn = not plan.probe_requests or [r.probe.id for r in plan.probe_requests] == drawn
     # Plans that were made before texts were compared have none.
     as_drawn = as_drawn and (not plan.text_requests or plan.text_requests == _text_requests(bundle, plan.draw.seed))
+    as_drawn = as_drawn and (not plan.whole_requests or plan.whole_requests == _whole_requests(bundle, plan.draw.seed))
     if not as_drawn or plan.draw.commitment != committed or not fixed:
         raise RunFolderError(
             "the plan's probes are not the draw of its seed", "A run whose plan was changed cannot be judged"
@@ -233,6 +238,16 @@ def _text_requests(bundle: Bundle, seed: str) -> list[PlannedRequest]:
     ]
 
 
+def _whole_requests(bundle: Bundle, seed: str) -> list[PlannedRequest]:
+    """What is asked for a whole answer where no logprobs are returned, in the order of the draw."""
+    recorded = bundle.pool_at("whole")
+    if recorded is None:
+        return []
+    by_id = {probe.id: probe for probe in pool_at_hand(bundle, recorded).probes}
+    drawn = draw(bundle.usable_probes(recorded), seed)
+    return [_answered(bundle, f"{WHOLE}{n:04d}", by_id[probe_id]) for n, probe_id in enumerate(drawn, start=1)]
+
+
 def _prompt_requests(bundle: Bundle) -> list[PlannedRequest]:
     recorded = bundle.pool_at("prompt")
     if recorded is None:
@@ -244,9 +259,14 @@ def _prompt_requests(bundle: Bundle) -> list[PlannedRequest]:
 def _request(bundle: Bundle, level: LogprobLevel, request_id: str, probe: Probe) -> PlannedRequest:
     """How a probe is asked at a level: an answer that is to be generated is not sent with the question."""
     if level == "L2":
-        question = probe.model_copy(update={"messages": probe.messages[:-1]})
-        return PlannedRequest(request_id=request_id, probe=question, max_tokens=bundle.scored_tokens(probe.id))
+        return _answered(bundle, request_id, probe)
     return PlannedRequest(request_id=request_id, probe=probe, forced=level == "L1")
+
+
+def _answered(bundle: Bundle, request_id: str, probe: Probe) -> PlannedRequest:
+    """The question of a probe that holds the reference's answer, to be answered as far as that was recorded."""
+    question = probe.model_copy(update={"messages": probe.messages[:-1]})
+    return PlannedRequest(request_id=request_id, probe=question, max_tokens=bundle.scored_tokens(probe.id))
 
 
 def _commitment(
@@ -275,12 +295,13 @@ def _estimate(
     fixed: list[PlannedRequest],
     probes: list[PlannedRequest],
     texts: list[PlannedRequest],
+    whole: list[PlannedRequest],
 ) -> Estimate:
     """The most that can be sent: so many that cost no tokens, what is always asked, and then probes until the limit.
 
-    These are the probes with logprobs, or those of text and their repeats, whichever are dearer.
+    These are the probes with logprobs, or those of text, with their repeats and whole answers, whichever are dearer.
     """
-    both = [probes, [twin for request in texts for twin in (request, request)]]
+    both = [probes, [*whole, *whole[:MOST_REPEATS], *(twin for request in texts for twin in (request, request))]]
     requests = min(endpoint.limits.max_requests, free + len(fixed) + max(len(one) for one in both))
     first = fixed[: max(0, requests - free)]
     tokens = sum(worst_case_tokens(request)[0] for request in first)

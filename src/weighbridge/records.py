@@ -302,6 +302,9 @@ class Plan(Record):
     text_requests: list[PlannedRequest] = Field(
         default_factory=list, description="the weights at temperature 0, where no logprobs are returned"
     )
+    whole_requests: list[PlannedRequest] = Field(
+        default_factory=list, description="whole answers at temperature 0, where no logprobs are returned"
+    )
     estimate: Estimate
 
     model_config = Record.model_config | {"populate_by_name": True}
@@ -311,10 +314,11 @@ class Plan(Record):
         """All of them, in the order in which they would be sent, and after them the twins of the probes."""
         raw = [raw_twin(request) for request in (*self.probe_requests, *self.text_requests)]
         again = [again_twin(twin) for request in self.text_requests for twin in (request, raw_twin(request))]
+        whole = [twin for request in self.whole_requests for twin in (request, again_twin(request))]
         drawn = [drawn_twin(request) for request in self.probe_requests] if self.text_requests else []
         return [
             *self.capability_requests, *self.prompt_requests, *self.probe_requests, *self.sampling_requests, *raw,
-            *self.text_requests, *again, *drawn,
+            *self.text_requests, *again, *drawn, *whole,
         ]  # fmt: skip
 
 

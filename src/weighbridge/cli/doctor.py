@@ -40,7 +40,7 @@ def doctor_command(seed: str | None, as_json: bool, **named: Any) -> int:
     )
     bundle = reference_of(endpoint)
     plan = make_plan(endpoint, load_policy(endpoint.policy), bundle, seed=seed).model_copy(
-        update={"probe_requests": [], "text_requests": []}
+        update={"probe_requests": [], "text_requests": [], "whole_requests": []}
     )
     key = key_for(endpoint.api_key_env, endpoint.origin)
     with tempfile.TemporaryDirectory() as scratch:

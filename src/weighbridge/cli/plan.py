@@ -71,6 +71,10 @@ def plan_command(seed: str | None, level: LogprobLevel, fleet_size: int, as_json
         click.echo("without     where no logprobs are returned, first tokens are compared as text (level L4):")
         for line in _expected(by_text, "requests"):
             click.echo(line)
+        if plan.whole_requests:
+            click.echo(
+                f"            then up to {len(plan.whole_requests)} whole answers, as the limit allows: they tell whether something else answers some requests"
+            )
     click.echo("An audit stops as soon as its question is answered, so it usually costs less.")
     return 0
 

@@ -99,7 +99,7 @@ def make_row(folder: Path, *, sealed: bool = False) -> Row:
         weighbridge_version=verdict.weighbridge_version, policy=plan.policy.id,
         reference=plan.reference.digest if plan.reference is not None else None, pool=plan.pool.sha256 if plan.pool is not None else None,
         commitment=plan.draw.commitment, sealed=sealed,
-        probes=[r.probe.id for r in (*plan.probe_requests, *plan.text_requests) if r.request_id in answered],
+        probes=[r.probe.id for r in (*plan.probe_requests, *plan.text_requests, *plan.whole_requests) if r.request_id in answered],
         verdict=verdict.verdict, cause=verdict.cause, exact_variant=verdict.exact_variant, axes=verdict.axes,
         log10_e_value=verdict.log10_e_value, noise_nats=noise.value if noise else None, noise_low_nats=noise.low if noise else None,
         noise_high_nats=noise.high if noise else None, stopped_because=verdict.stopped_because, answers_used=verdict.answers_used,

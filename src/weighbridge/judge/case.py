@@ -8,6 +8,7 @@ from weighbridge.judge.library import Library
 from weighbridge.judge.renderings import PromptReading
 from weighbridge.judge.sizes import WeightEvidence
 from weighbridge.judge.texts import TextEvidence
+from weighbridge.judge.whole import WholeEvidence
 from weighbridge.records import Capability, Finding, Observation, Plan
 
 
@@ -47,6 +48,8 @@ class Case:
         Of first tokens as text; None where there are logprobs, or nothing was asked.
     raw_texts : TextEvidence or None
         The same of answers to the reference's own tokens.
+    whole : WholeEvidence or None
+        Of whole answers at temperature 0; None where there are logprobs, or none was asked.
     """
 
     plan: Plan
@@ -68,6 +71,7 @@ class Case:
     raw_evidence: WeightEvidence | None = None
     texts: TextEvidence | None = None
     raw_texts: TextEvidence | None = None
+    whole: WholeEvidence | None = None
     text_answers: list[Observation] = field(default_factory=list)
     route: list[Observation] = field(default_factory=list)
     capability_answers: list[Observation] = field(default_factory=list)

@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from weighbridge.capability import DRAWN, TEXT
+from weighbridge.capability import DRAWN, TEXT, WHOLE
 from weighbridge.judge.answers import Residuals, line_up
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.prompt import explain_counts
-from weighbridge.judge.checks.texts import exact_variant, text_differs_after, text_explanation
+from weighbridge.judge.checks.texts import exact_variant, text_differs_after, text_explanation, whole_differs_after
 from weighbridge.judge.checks.weights import differs_after, is_mixed, mean_cosines, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
 from weighbridge.judge.renderings import PromptReading, has_system, read_prompt
 from weighbridge.judge.sizes import WeightEvidence, weigh
-from weighbridge.judge.texts import build_text_library, weigh_texts
+from weighbridge.judge.texts import TextEvidence, build_text_library, weigh_texts
+from weighbridge.judge.whole import build_whole_library, weigh_whole
 from weighbridge.records import Capability, Observation, Plan, Policy, raw_twin
 from weighbridge.reference.bundle import OFFICIAL, HypothesisRecord
 
@@ -49,7 +50,7 @@ def open_case(plan: Plan, capability: Capability, observations: Iterable[Observa
         plan=plan, capability=capability, answers=answers, library=library, residuals=None, evidence=None, prompt_answers=prompt_answers,
         raw_answers=raw_answers, sampling=sampling, reading=reading, served=OFFICIAL, official_differs=False,
         route=of(plan.route_requests), capability_answers=of(r.request_id for r in plan.capability_requests),
-        text_answers=[o for name, o in by_id.items() if name.startswith((TEXT, DRAWN))],
+        text_answers=[o for name, o in by_id.items() if name.startswith((TEXT, DRAWN, WHOLE))],
     )  # fmt: skip
     if library is None:
         return case
@@ -79,7 +80,7 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
     raw_texts = weigh_texts(texts.library, raw, by_id) if _as_sent(library, case.raw_answers) else None
     case = replace(case, texts=texts, raw_texts=raw_texts, log_e_official=float(texts.log_total[-1]))
     if text_differs_after(texts, policy) is None:
-        return case
+        return _by_whole_answers(case, library, texts, by_id)
     case = replace(case, official_differs=True)
     best = text_explanation(texts, policy)
     if best is None:
@@ -94,6 +95,22 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
         if doubtful and exact_variant(texts, best, policy) is None
         else replace(case, settled=True)
     )
+
+
+def _by_whole_answers(case: Case, library: Library, texts: TextEvidence, by_id: dict[str, Observation]) -> Case:
+    """The case with whole answers, where first tokens are not other than the reference's.
+
+    What stands out and comes again is how all requests are answered, and whether weights or prompt are why is not known; what does not come again
+    something else has answered.
+    """
+    known = build_whole_library(library.bundle, case.plan.policy)
+    whole = weigh_whole(known, case.plan, by_id) if known is not None else None
+    if whole is None:
+        return case
+    case = replace(case, whole=whole, log_e_official=float(texts.log_total[-1] + whole.log_total[-1]))
+    if whole_differs_after(texts, whole, case.plan.policy) is not None and whole.comes_again:
+        return replace(case, official_differs=True, served=None)
+    return case
 
 
 def _as_sent(library: Library, raw_answers: list[Observation]) -> list[Observation]:

@@ -19,8 +19,10 @@ from weighbridge.judge.checks.texts import (
     ALIKE_SHARE,
     ENOUGH_ALIKE,
     is_consistent_text,
+    is_suspected,
     text_differs_after,
     text_explanation,
+    whole_differs_after,
 )
 from weighbridge.judge.checks.weights import (
     answers_for_consistent,
@@ -48,6 +50,7 @@ from weighbridge.records import (
     VerdictWord,
 )
 from weighbridge.reference.bundle import OFFICIAL, StackRecord
+from weighbridge.reference.paths import MOST_REPEATS
 
 # Of the checks of one axis the first one speaks for it, unless another one finds something inconsistent.
 CHECKS: tuple[Check, ...] = (
@@ -56,6 +59,8 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 # Answers after which every recorded rendering has had its chance.
 ENOUGH_FOR_A_PROMPT = 16
+# Of first tokens may be another one when they are asked for again, before whole answers are no longer worth their price.
+WAVERING_SHARE = 0.25
 
 
 def is_decided(case: Case) -> bool:
@@ -99,6 +104,31 @@ def is_decided_raw(case: Case) -> bool:
     if case.raw_texts is not None:
         return not case.raw_texts.is_cold or _is_decided_by_texts(case, case.raw_texts)
     return evidence is not None and (is_consistent(evidence, policy) or differs_after(evidence, policy) is not None)
+
+
+def may_be_diverted(case: Case) -> bool:
+    """Whether whole answers may tell more: first tokens are not other than the reference's, and most of them came again.
+
+    Where some requests go elsewhere some answers do not; at another temperature most do not that are in doubt at all.
+    """
+    texts, policy = case.texts, case.plan.policy
+    if texts is None or texts.cold.count < policy.min_answers or texts.alike >= ALIKE_SHARE:
+        return False
+    mostly_cold = texts.wavering <= WAVERING_SHARE * texts.cold.count
+    return mostly_cold and not case.official_differs and case.served == OFFICIAL
+
+
+def is_diverted_if_cold(case: Case) -> bool:
+    """Whether whole answers reject every honest stack at temperature 0, so that repeats have to tell whether 0 is served."""
+    return case.texts is not None and case.whole is not None and is_suspected(case.texts, case.whole, case.plan.policy)
+
+
+def is_diversion_decided(case: Case) -> bool:
+    """Whether more repeats would change nothing: the evidence is there, and whatever stands out was asked for again."""
+    texts, whole = case.texts, case.whole
+    if texts is None or whole is None or whole_differs_after(texts, whole, case.plan.policy) is None:
+        return False
+    return len(whole.again) >= min(int(whole.stand_out.sum()), MOST_REPEATS)
 
 
 def useful_probes(case: Case) -> set[str] | None:

@@ -305,8 +305,10 @@ class _Handler(JsonHandler):
         if self.true_port is not None and (self._is_early() or (self.lies.true_for_public and is_published(body))):
             return self.true_port
         if self.diverted_port is not None:
-            # What is asked decides, so that asking again is no way round.
-            asked = json.dumps(body.get("messages", body.get("prompt")), sort_keys=True)
+            # What is asked decides, so that asking again is no way round; or each request by itself.
+            asked = json.dumps(
+                body if self.lies.divert_each else body.get("messages", body.get("prompt")), sort_keys=True
+            )
             chance = random.Random(hashlib.sha256(asked.encode()).digest()).random()  # noqa: S311 - not a secret
             if chance < self.lies.divert_share:
                 return self.diverted_port

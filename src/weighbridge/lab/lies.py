@@ -73,6 +73,8 @@ class Lies:
         The second half of each ``top_logprobs`` says -9999.
     divert_share : float
         The share of requests that the second variant answers.
+    divert_each : bool
+        Whether each request is sent elsewhere by a throw of its own; else the same prompt always goes the same way.
     true_for_public : bool
         The original weights under the official template answer every conversation whose user texts all stand in public
         pools of this package; the other lies are told of those answers too. Raw completions are not recognised.
@@ -111,6 +113,7 @@ class Lies:
     max_top_logprobs: int = HONEST_TOP_LOGPROBS
     sentinels: bool = False
     divert_share: float = 0.0
+    divert_each: bool = False
     true_for_public: bool = False
     true_first: int = 0
     usage: Literal["true", "none", "official", "characters"] = "true"

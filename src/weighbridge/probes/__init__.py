@@ -17,8 +17,8 @@ from weighbridge.paths import data_path
 from weighbridge.records import PoolIdentity, Probe, Record, checked, read_toml
 
 # Of evidence: L1 forced text, L2 top-k on the tokens of a short answer, L3 top-k on one token, L4 text at temperature 0, L5 text at another temperature;
-# "long" is L3 on prompts of more than 1,000 tokens; "prompt" tells what becomes of a prompt, by its tokens and by one answer.
-Level = Literal["L1", "L2", "L3", "L4", "L5", "long", "prompt"]
+# "long" is L3 on prompts of more than 1,000 tokens, "whole" L4 on answers of several tokens; "prompt" tells what becomes of a prompt, by its tokens and by one answer.
+Level = Literal["L1", "L2", "L3", "L4", "L5", "long", "whole", "prompt"]
 
 FAMILIES: dict[Level, str] = {
     "L1": "forced texts",
@@ -27,6 +27,7 @@ FAMILIES: dict[Level, str] = {
     "L4": "one-token chat probes with a narrow lead of the likeliest token",
     "L5": "short answers of high entropy",
     "long": "long one-token chat probes",
+    "whole": "chat probes with the reference's own likeliest answer, as text",
     "prompt": "one-token chat probes of every structure that a prompt has",
 }
 
@@ -126,8 +127,8 @@ def write_pool(
     description = {
         "schema": "weighbridge/pool/2", "id": pool_id, "version": version, "level": level, "lifecycle": "stable",
         "visibility": visibility, "family": FAMILIES[level], "motivation": motivation, **({"score_every": score_every} if score_every > 1 else {}),
-        "cost": "one request for each probe, and as many completion tokens as its answer" if level == "L2" else "one request and one completion token for each probe",
-        "needs": "chat completions" if level in ("L4", "L5") else "chat completions with logprobs", "licence": "Apache-2.0",
+        "cost": "one request for each probe, and as many completion tokens as its answer" if level in ("L2", "whole") else "one request and one completion token for each probe",
+        "needs": "chat completions" if level in ("L4", "L5", "whole") else "chat completions with logprobs", "licence": "Apache-2.0",
     }  # fmt: skip
     checked(PoolDescription, description, str(folder / "pool.toml"))
     twice = [probe_id for probe_id, times in Counter(probe.id for probe in probes).items() if times > 1]

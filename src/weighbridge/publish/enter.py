@@ -261,7 +261,11 @@ def _is_sealed(plan: Plan, bundle: Bundle | None, state: _State) -> bool:
     """Whether a run shows probes that nobody but the auditor is to know: those of the weights, or those of the prompt."""
     if bundle is None:
         return False
-    levels: tuple[Level, ...] = (plan.level, "prompt", *(CONTEXT_LEVELS if plan.text_requests else ()))
+    by_text: tuple[Level, ...] = (
+        *(CONTEXT_LEVELS if plan.text_requests else ()),
+        *(("whole",) if plan.whole_requests else ()),
+    )
+    levels: tuple[Level, ...] = (plan.level, "prompt", *by_text)
     pools = [pool_of(bundle, level) for level in levels if bundle.pool_at(level) is not None]
     return any(
         pool.description.visibility == "sealed" and pool.identity.sha256 not in state.disclosed for pool in pools

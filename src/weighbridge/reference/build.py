@@ -48,6 +48,7 @@ from weighbridge.reference.engine import Engine, Prompt
 from weighbridge.reference.licence import TEXT_NAME, read_licence
 from weighbridge.reference.local import LocalSetting, LocalWeights
 from weighbridge.reference.noise import one_token_rows, with_noise
+from weighbridge.reference.paths import KEPT
 from weighbridge.reference.servers import TrustedServer
 from weighbridge.reference.spec import PoolSpec, Spec, StackSpec, WeightsSpec
 from weighbridge.reference.templates import render_conversations
@@ -144,6 +145,9 @@ def build_bundle(
     tokens = [len(prompt.token_ids) for prompt in prompts]
     say(f"{len(tokens)} probes of {sum(tokens)} prompt tokens, {max(tokens)} in the longest")
 
+    whole = [p for r in recordings if r.pool.description.level == "whole" for p in r.prompts]
+    whole_rows = [row for prompt in whole for row in layout.rows_of(prompt)]
+
     token_ids: Ids | None = None
     values: list[Values] = []
     stacks: list[StackRecord] = []
@@ -165,10 +169,13 @@ def build_bundle(
         filled = np.full((layout.rows, spec.top_k), np.nan, np.float32)
         for shard in shards:
             filled[shard.rows] = shard.logprobs_nats
+        filled[whole_rows, KEPT:] = np.nan
         values.append(filled)
         facts = json.loads((partial / stack.id / "engine.json").read_text("utf-8"))
         stacks.append(_stack_record(stack, facts, [recording.key for recording in asked]))
     assert token_ids is not None
+    token_ids = token_ids.copy()
+    token_ids[whole_rows, KEPT:] = 0
 
     logprobs = np.stack(values)
     place = {prompt.probe_id: i for i, prompt in enumerate(renderings[OFFICIAL])}

@@ -14,8 +14,9 @@ from weighbridge.probes import draw
 from weighbridge.records import Finite, Record, checked
 from weighbridge.reference.bundle import Bundle, StackRecord
 from weighbridge.reference.checkpoint import Checkpoint, open_checkpoint
-from weighbridge.reference.engine import Prompt
+from weighbridge.reference.engine import Prompt, Rows
 from weighbridge.reference.local import LocalSetting, LocalWeights, in_batches, require_extra
+from weighbridge.reference.paths import KEPT, whole_rows
 
 # float32 logprobs move by a few 1e-5 nats with the batch, the attention kernel and the processor (measured).
 FLOAT32_NATS = 1e-4
@@ -97,6 +98,7 @@ def rerun(
     facts = engine.facts()
     same_machine = all(facts.get(name) == stack.engine.get(name) for name in _MACHINE)
     recorded = bundle.logprobs_nats[bundle.stack_index[stack.id]]
+    unkept = whole_rows(bundle)[:, None] & (np.arange(recorded.shape[1]) >= KEPT)
     drawn = set(draw([p.probe_id for p in _prompts(bundle, stack)], bundle.identity.digest)[:count])
     largest, probes = 0.0, 0
     for batch in _batches(_prompts(bundle, stack), bundle.manifest.shard, setting.batch):
@@ -104,10 +106,12 @@ def rerun(
             continue
         rows = [_rows(bundle, prompt) for prompt in batch]
         found = engine.score(batch, [bundle.token_ids[r] for r in rows], bundle.manifest.top_k)
-        largest = max(largest, *(_largest(f.logprobs_nats, recorded[r]) for f, r in zip(found, rows, strict=True)))
+        largest = max(largest, *(_largest(_kept(f, unkept[r]), recorded[r]) for f, r in zip(found, rows, strict=True)))
         if stack.id == bundle.manifest.reference_stack:  # its lists are the most likely tokens, none left out
             best = engine.score(batch, [None] * len(batch), bundle.manifest.top_k)
-            largest = max(largest, *(_largest(f.logprobs_nats, recorded[r]) for f, r in zip(best, rows, strict=True)))
+            largest = max(
+                largest, *(_largest(_kept(f, unkept[r]), recorded[r]) for f, r in zip(best, rows, strict=True))
+            )
         probes += len(batch)
     allowed, basis = allowance(setting, same_machine)
     return Rerun(
@@ -178,6 +182,10 @@ def _batches(prompts: list[Prompt], shard: int, batch: int) -> Iterator[list[Pro
         part = prompts[start : start + shard]
         for chosen in in_batches([len(prompt.token_ids) for prompt in part], batch):
             yield [part[i] for i in chosen]
+
+
+def _kept(found: Rows, unkept: NDArray[np.bool_]) -> NDArray[np.float32]:
+    return np.where(unkept, np.nan, found.logprobs_nats)
 
 
 def _largest(found: NDArray[np.float32], recorded: NDArray[np.float32]) -> float:

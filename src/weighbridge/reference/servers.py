@@ -138,16 +138,21 @@ class TrustedServer:
         return out
 
     async def _llamacpp(self, prompts: Sequence[Prompt]) -> list[list[Listed]]:
-        # It scores no prompt, so each position is a request of its own.
-        prefixes = [prompt.token_ids[: i + 1] for prompt in prompts for i in prompt.positions]
+        # It scores no prompt, so each position is a request of its own; where all tokens of an answer are wanted it goes on from what it has
+        # computed for the one before, as it does when it generates.
+        prefixes = [
+            (prompt.token_ids[: i + 1], len(prompt.positions) > 1 and prompt.positions[1] == prompt.positions[0] + 1)
+            for prompt in prompts for i in prompt.positions
+        ]  # fmt: skip
         found = iter(await self._together(self._llamacpp_one, prefixes))
         return [[next(found) for _ in prompt.positions] for prompt in prompts]
 
-    async def _llamacpp_one(self, prefix: Sequence[int]) -> Listed:
+    async def _llamacpp_one(self, asked: tuple[Sequence[int], bool]) -> Listed:
+        prefix, goes_on = asked
         for seed in range(MAX_TRIES):
             document = await self._post("/completion", {
                 "prompt": list(prefix), "n_predict": 1, "n_probs": ASKED_LOGPROBS, "post_sampling_probs": False, "seed": seed,
-                "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "cache_prompt": False, "samplers": ["temperature"],
+                "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "cache_prompt": goes_on, "samplers": ["temperature"],
             })  # fmt: skip
             try:
                 rows = document["completion_probabilities"]

@@ -40,9 +40,13 @@ def write_html(folder: Path, report: Report) -> None:
         }
     if "text_course" in details:
         pictures = {
-            "text_course": text_course_plot(details, math.log10(report.policy.differs_e_value)),
+            "text_course": text_course_plot(details["text_course"], math.log10(report.policy.differs_e_value)),
             "text_departures": text_departures_plot(details),
         }
+    if "whole_course" in details:
+        pictures["whole_course"] = text_course_plot(
+            details["whole_course"], math.log10(report.policy.differs_e_value), whole=True
+        )
     page = environment.get_template("report.html").render(
         report=report, verdict=report.verdict, findings=report.findings.findings, capability=report.findings.capability,
         details=details, pictures=pictures, marks=MARKS, words=WORDS, prose=prose(),

@@ -118,11 +118,10 @@ def course_plot(details: dict[str, Any], threshold: float) -> str:
     return svg(paint, height=3.0, title="Evidence against the honest library after each answer")
 
 
-def text_course_plot(details: dict[str, Any], threshold: float) -> str:
-    """Evidence against the honest library after each first token, and how many were not the reference's."""
+def text_course_plot(course: list[dict[str, Any]], threshold: float, *, whole: bool = False) -> str:
+    """Evidence against the honest library after each text, a first token or a whole answer, and which of them were not the reference's."""
 
     def paint(axes: Axes) -> None:
-        course = details["text_course"]
         answers = range(1, len(course) + 1)
         axes.axhline(threshold, color=MARKED, linewidth=1, linestyle="--")
         axes.text(1, threshold, " differs", va="bottom", color=MARKED)
@@ -138,14 +137,18 @@ def text_course_plot(details: dict[str, Any], threshold: float) -> str:
             color=MARKED,
             markersize=6,
             linestyle="none",
-            label="not the reference's",
+            label="stands out" if whole else "not the reference's",
         )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("answers, one token each")
+        axes.set_xlabel("whole answers, and then repeats" if whole else "answers, one token each")
         axes.set_ylabel("log10 of the evidence (e-value)")
         axes.legend(frameon=False, loc="best")
 
-    return svg(paint, height=3.0, title="Evidence against the honest library after each first token")
+    return svg(
+        paint,
+        height=3.0,
+        title=f"Evidence against the honest library after each {'whole answer' if whole else 'first token'}",
+    )
 
 
 def text_departures_plot(details: dict[str, Any]) -> str:

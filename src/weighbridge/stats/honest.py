@@ -2,10 +2,12 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
+from scipy import special, stats
 
 Floats = NDArray[np.float64]
 MIN_STACKS = 3  # a spread is not learned from fewer
+TAIL_SHARE = 0.01  # of the values: the largest, from which what is larger still is extrapolated
+LEAST_SHAPE = 0.1  # of the tail: 0 is exponential, and a few hundred values may seem so by chance
 
 
 def class_limit(mean_log_scales: Floats, *, margin: float, coverage: float) -> float:
@@ -36,3 +38,32 @@ def class_limit(mean_log_scales: Floats, *, margin: float, coverage: float) -> f
         return float(np.exp(least))
     spread = float(special.stdtrit(n - 1, coverage) * mean_log_scales.std(ddof=1) * np.sqrt(1 + 1 / n))
     return float(np.exp(max(least, float(mean_log_scales.mean()) + spread)))
+
+
+def tail_chance(values: Floats, at: Floats) -> Floats:
+    """The chance that one more value is at least so large: the share of the known ones, and beyond most of these a Pareto tail.
+
+    Peaks over a threshold follow a generalised Pareto distribution, whatever the values' own (Balkema and de Haan 1974, Ann. Probab. 2; Pickands
+    1975, Ann. Statist. 3); its shape and scale by maximum likelihood over the largest hundredth, the shape at least 0.1.
+
+    Parameters
+    ----------
+    values : float array, shape (n,)
+        At least 0.
+    at : float array
+
+    Returns
+    -------
+    float array, shape of `at`
+    """
+    ranked = np.sort(values)
+    threshold = float(ranked[int((1 - TAIL_SHARE) * ranked.size)])
+    over = ranked[ranked > threshold] - threshold
+    share = (ranked.size - np.searchsorted(ranked, at)) / ranked.size
+    if over.size < MIN_STACKS:
+        return np.asarray(np.maximum(share, 1 / ranked.size))
+    shape, _, scale = stats.genpareto.fit(over, floc=0)
+    if shape < LEAST_SHAPE:
+        shape, _, scale = stats.genpareto.fit(over, f0=LEAST_SHAPE, floc=0)
+    beyond = over.size / ranked.size * stats.genpareto.sf(np.asarray(at) - threshold, shape, scale=scale)
+    return np.asarray(np.where(np.asarray(at) > threshold, beyond, share))

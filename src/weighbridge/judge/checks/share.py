@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 
 from weighbridge.judge.case import Case
-from weighbridge.judge.checks.texts import text_differs_after
+from weighbridge.judge.checks.texts import text_differs_after, whole_differs_after
 from weighbridge.judge.checks.weights import differs_after
 from weighbridge.judge.texts import TextEvidence
+from weighbridge.judge.whole import HONEST_CHANCE, WholeEvidence, coarse
 from weighbridge.records import Effect, Finding
 from weighbridge.reference.bundle import StackRecord
-from weighbridge.stats.mixtures import Rates, share_interval
+from weighbridge.stats.mixtures import Rates, anytime_share_interval, share_interval
 from weighbridge.stats.residuals import share_upper_limit
 
 CONFIDENCE = 0.95
@@ -69,15 +70,17 @@ def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
     common: dict[str, Any] = {"check": "share", "axis": "share", "answers_used": n}
     if text_differs_after(texts, case.plan.policy) is not None:
         return Finding(**common, outcome="not_applicable", summary="The answers differ as a whole; by one token as text it is not told which of them something else gave")  # fmt: skip
-    coarse = [i for i, d in enumerate(texts.library.departures) if _is_coarse(texts, d)]
-    if n < case.plan.policy.min_answers or not texts.is_cold or not coarse:
+    if case.whole is not None and case.whole.count >= case.plan.policy.min_answers and coarse(case.whole.library):
+        return _share_of_whole(case, texts, case.whole)
+    fourbit = [i for i, d in enumerate(texts.library.departures) if _is_coarse(texts, d)]
+    if n < case.plan.policy.min_answers or not texts.is_cold or not fourbit:
         return Finding(
             **common, outcome="not_supported", summary="Too few texts at temperature 0 to tell one from another"
         )
     # Each request goes its own way: what one answers and another does not stands out as well, and so may what does not come back.
     out = np.concatenate([texts.differing, np.ones(texts.cold.asked - n, np.bool_)])
     # Of the contexts that were asked, how often the 4-bit weights that do so least often answer otherwise.
-    distributions = [texts.library.departures[i] for i in coarse]
+    distributions = [texts.library.departures[i] for i in fourbit]
     known = texts.library.contexts.recorded[distributions][:, texts.cold.places]
     others = np.where(known, 1 - np.exp(texts.library.stays_nats[distributions][:, texts.cold.places]), 0.0)
     told = float(others.sum(axis=1)[known.any(axis=1)].min() / n) if known.any() else 0.0
@@ -93,6 +96,39 @@ def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
         effects=[Effect(name="upper limit of the share that recorded 4-bit weights answered", value=high, unit="1", confidence=CONFIDENCE)],
         summary=f"{int(out.sum())} of {out.size} first tokens are not the reference's or did not come, where recorded 4-bit weights give {told:.0%} others at least: such weights answered at most {high:.0%} of requests (95 % upper limit); a fainter departure, or a rarer one, would not stand out",
         to_resolve="Logprobs, or more requests: 299 of which none stands out bring the limit to 1 % of what is always told",
+    )  # fmt: skip
+
+
+def _share_of_whole(case: Case, texts: TextEvidence, whole: WholeEvidence) -> Finding:
+    """A whole answer says something of its own request: how many stand out, and how many of those that 4-bit weights give would."""
+    n, out = whole.count, int(whole.stand_out.sum())
+    least = float(whole.library.told[coarse(whole.library)][:, whole.places].mean(axis=1).min())
+    silent = whole.asked - n + whole.strange
+    rates = Rates(false_positive=HONEST_CHANCE, true_positive=least)
+    common: dict[str, Any] = {
+        "check": "share", "axis": "share", "answers_used": n,
+        "details": {"stand_out": [whole.library.paths.probe_ids[p] for p, far in zip(whole.places, whole.stand_out, strict=True) if far]},
+    }  # fmt: skip
+    # An answer that did not come, or is none of a model's, may have been given by anything.
+    flags = np.concatenate([whole.stand_out, np.ones(silent, np.bool_)])
+    if whole_differs_after(texts, whole, case.plan.policy) is None:
+        _, high = share_interval(flags, rates, confidence=CONFIDENCE, tails="upper")
+        return Finding(
+            **common, outcome="inconclusive",
+            effects=[Effect(name="upper limit of the share that recorded 4-bit weights answered", value=high, unit="1", confidence=CONFIDENCE)],
+            summary=f"{out} of {n} whole answers are none that an honest stack gives" + (f", {silent} more did not come or are no model's" if silent else "")
+            + f", where recorded 4-bit weights give {least:.0%} such at least: such weights answered at most {high:.0%} of requests (95 % upper limit); a fainter departure, or a rarer one, would not stand out",
+            to_resolve="Logprobs, or more requests: 299 of which none stands out bring the limit to 1 % of what is always told",
+        )  # fmt: skip
+    if whole.comes_again or not whole.again:
+        return Finding(
+            **common, outcome="not_applicable", summary="What stands out comes again: the answers differ as a whole"
+        )
+    low, high = anytime_share_interval(whole.stand_out, rates, confidence=CONFIDENCE)
+    effect = Effect(name="share of requests that something else answered", value=out / n, low=low, high=high, unit="1", confidence=CONFIDENCE)  # fmt: skip
+    return Finding(
+        **common, outcome="inconsistent", cause="partial_routing", effects=[effect],
+        summary=f"{out} of {n} whole answers are none that an honest stack gives, and do not come again: something else answered some requests (between {low:.0%} and {high:.0%} if it is at most as fine as the recorded 4-bit weights, 95 %)",
     )  # fmt: skip
 
 

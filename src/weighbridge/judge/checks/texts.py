@@ -3,13 +3,16 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from weighbridge.dialects import DIALECTS
 from weighbridge.judge.case import Case
 from weighbridge.judge.texts import TextEvidence, excludable
+from weighbridge.judge.whole import HONEST_CHANCE, WholeEvidence
 from weighbridge.records import Cause, Effect, Finding, Plan, Policy
 from weighbridge.reference.bundle import StackRecord
 from weighbridge.stats.evidence import first_crossing
+from weighbridge.stats.mixtures import diversion_shown
 from weighbridge.stats.residuals import share_upper_limit
 
 CONFIDENCE = 0.95
@@ -27,6 +30,22 @@ def text_differs_after(texts: TextEvidence, policy: Policy) -> int | None:
         return None
     reached = first_crossing(texts.log_total, policy.differs_e_value)
     return None if reached is None else max(reached, policy.min_answers)
+
+
+def whole_differs_after(texts: TextEvidence, whole: WholeEvidence, policy: Policy) -> int | None:
+    """After how many whole answers and repeats the honest stacks are rejected, or None; never by one answer alone."""
+    course = texts.log_total[-1] + whole.log_total
+    return diversion_shown(course, _with_repeats(whole), e_value=policy.differs_e_value)
+
+
+def is_suspected(texts: TextEvidence, whole: WholeEvidence, policy: Policy) -> bool:
+    """Whether an honest stack at temperature 0 is rejected, so that repeats are worth asking for: they tell another temperature."""
+    course = texts.log_total[-1] + whole.log_cold
+    return diversion_shown(course, _with_repeats(whole), e_value=policy.differs_e_value) is not None
+
+
+def _with_repeats(whole: WholeEvidence) -> NDArray[np.bool_]:
+    return np.concatenate([whole.stand_out, np.zeros(whole.log_cold.size - whole.count, np.bool_)])
 
 
 def excluded_by_text(texts: TextEvidence, policy: Policy) -> list[bool]:
@@ -108,7 +127,7 @@ def check_texts(case: Case) -> Finding:
     left = {name for name, done in zip(names, excluded_by_text(texts, policy), strict=True) if name and not done}
     common: dict[str, Any] = {
         "check": "weights", "axis": "weights", "answers_used": n, "effects": effects, "log10_e_value": float(texts.log_total[-1]) / LOG10,
-        "excluded": sorted({name for name in names if name} - left), "not_excluded": sorted(left), "details": _details(texts),
+        "excluded": sorted({name for name in names if name} - left), "not_excluded": sorted(left), "details": _details(texts) | (_whole_details(texts, case.whole) if case.whole is not None else {}),
     }  # fmt: skip
     level = "L4" if texts.is_cold else "L5"
     unusable = next((o.fault_detail for o in case.capability_answers if o.fault == "bad_logprobs"), None)
@@ -117,6 +136,8 @@ def check_texts(case: Case) -> Finding:
     if text_differs_after(texts, policy) is not None:
         # Of what differs there is nothing left to exclude.
         return _differs(texts, policy, common | {"excluded": [], "not_excluded": []}, basis, differing)
+    if case.whole is not None and whole_differs_after(texts, case.whole, policy) is not None:
+        return _whole_differs(case.whole, common | {"excluded": [], "not_excluded": []})
     if is_consistent_text(texts, case.plan):
         what = (
             f"{texts.cold.count - differing} of {texts.cold.count} are the reference's at temperature 0, where weights of {_finest(texts, case.plan)} would often give another one"
@@ -158,6 +179,30 @@ def _differs(texts: TextEvidence, policy: Policy, common: dict[str, Any], basis:
     return Finding(
         **common, outcome="inconsistent", cause=cause, exact_variant=name, family=record.departure_class,
         summary=f"{what}; they are those of {record.description if name else 'the family ' + str(record.departure_class)}{matching}",
+    )  # fmt: skip
+
+
+def _whole_differs(whole: WholeEvidence, common: dict[str, Any]) -> Finding:
+    """First tokens are as the reference's, and some whole answers are none that an honest stack gives."""
+    out, repeated = int(whole.stand_out.sum()), len(whole.again)
+    what = f"No logprobs are returned, so whole answers were compared (level L4): {out} of {whole.count} leave the reference's own where it is sure of itself, which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}"
+    if whole.comes_again or not repeated:
+        again = f"{sum(whole.again)} of {repeated} come again" if repeated else "none was asked for again"
+        return Finding(
+            **common,
+            outcome="inconsistent",
+            cause="none_of_these",
+            summary=f"{what}; {again}, so all requests may be answered so",
+        )
+    named = max(whole.library.departures, key=whole.matching, default=None)
+    matching = (
+        ""
+        if named is None or whole.matching(named) < 2
+        else f"; {whole.matching(named)} are what {whole.library.paths.stacks[named].description} gives"
+    )
+    return Finding(
+        **common, outcome="inconsistent", cause="partial_routing",
+        summary=f"{what}; of {repeated} that were asked for again {repeated - sum(whole.again)} did not come again{matching}",
     )  # fmt: skip
 
 
@@ -214,4 +259,14 @@ def _details(texts: TextEvidence) -> dict[str, Any]:
         "flips_allowed": library.flips_allowed,
         "honest_limit_nats": library.limit_nats,
         "contexts": int(library.cold.size),
+    }  # fmt: skip
+
+
+def _whole_details(texts: TextEvidence, whole: WholeEvidence) -> dict[str, Any]:
+    """What the report says of whole answers; their evidence goes on from that of the first tokens."""
+    course = texts.log_total[-1] + whole.log_total
+    return {
+        "whole_answers": whole.count, "whole_kept": int(whole.kept.sum()), "whole_stand_out": int(whole.stand_out.sum()), "whole_strange": whole.strange,
+        "whole_again": [int(sum(whole.again)), len(whole.again)], "whole_honest_chance": HONEST_CHANCE,
+        "whole_course": [{"log10_e": float(e) / LOG10, "flips": int(n)} for e, n in zip(course, _with_repeats(whole).cumsum(), strict=True)],
     }  # fmt: skip
