@@ -1,0 +1,365 @@
+"""Whole answers at temperature 0, as text: which of them no honest stack would have given.
+
+An honest stack may leave the reference's answer where two tokens are nearly as likely; a coarser precision leaves it where the reference was sure.
+How sure it has to be follows from how far recorded honest stacks ever moved. An answer that stands out so says something of the one request
+that it answers, so a small share of requests that go elsewhere is found by it. Two nulls, as for first tokens: an honest stack at temperature 0, and one
+at any other temperature; answers that are asked for again tell the second.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from weighbridge.judge.library import build_library
+from weighbridge.records import Observation, Plan, PlannedRequest, Policy, again_twin
+from weighbridge.reference.bundle import Bundle, StackRecord
+from weighbridge.reference.paths import MOST_REPEATS, Paths, paths_of
+from weighbridge.stats.draws import at_temperature
+from weighbridge.stats.honest import tail_chance
+from weighbridge.stats.mixtures import SHARES, stand_out_process
+from weighbridge.stats.paths import Leaving, leaving
+from weighbridge.stats.texts import TEMPERATURES, answer_log_likelihood, noise_temperature
+
+Floats = NDArray[np.float64]
+TOP_LOGPROBS = 20  # over which the noise of honest stacks is stated
+# With which an honest stack's answer may stand out: so seldom that two of some seventy suffice.
+HONEST_CHANCE = 8e-5
+# Honest stacks that are nearly as noisy as the noisiest one; those that hardly move would hide how those do that move.
+NOISY_SHARE = 0.5
+# Temperatures at which a departure of no recorded kind gives the reference's other answers.
+GENERIC = (0.2, 0.4, 0.8)
+ENDS = ("stop", "end_turn", "eos")  # what hosts call the end of a turn
+
+
+@dataclass(frozen=True, eq=False)
+class WholeLibrary:
+    """What is known of the reference's whole answers; S stacks, R tokens of all answers, K listed tokens.
+
+    Attributes
+    ----------
+    paths : Paths
+    honest, departures : list of int
+        Stacks that the policy accepts, the reference first, and all others.
+    limit_nats : float
+        Noise that an honest stack may have.
+    chance : float array, shape (R, K)
+        With which an honest stack leaves the answer by this token, or by any by which it is left no more easily.
+    """
+
+    paths: Paths
+    honest: list[int]
+    departures: list[int]
+    limit_nats: float
+    chance: Floats
+
+    @cached_property
+    def stands_out(self) -> NDArray[np.bool_]:
+        """Whether an answer that leaves the path by this token stands out; shape (R, K)."""
+        return np.asarray(self.chance <= HONEST_CHANCE)
+
+    def is_outstanding(self, place: int, left: Leaving) -> bool:
+        """Whether every token by which an answer can have left the path is one by which no honest stack leaves it."""
+        start = self.paths.rows[place].start
+        if not left.cells or _is_strange(self, left):
+            return False
+        return all(bool(self.stands_out[start + position, column]) for position, column in left.cells)
+
+    @cached_property
+    def drawn_nats(self) -> NDArray[np.float32]:
+        """Logprob of the path's own token under every honest stack at every temperature and truncation; shape (R, honest, T, truncations)."""
+        return np.stack([self.drawn(row, (int(own),)) for row, own in enumerate(self.paths.own)])
+
+    def drawn(self, row: int, columns: tuple[int, ...]) -> NDArray[np.float32]:
+        """The same of any of some tokens."""
+        cells = self.paths.tokens_nats[self.honest, row]
+        members = np.zeros(cells.shape[1], np.bool_)
+        members[list(columns)] = True
+        return np.asarray(answer_log_likelihood(cells, members, TEMPERATURES, outlier_share=HONEST_CHANCE), np.float32)
+
+    @cached_property
+    def served_nats(self) -> Floats:
+        """Logprob of every token under the reference at temperature 0, each departure there, and the reference at the generic temperatures.
+
+        Shape (1 + departures + generic, R, K + 1).
+        """
+        cold = noise_temperature(self.limit_nats)
+        cells = self.paths.tokens_nats
+        kinds = [(0, cold), *((i, cold) for i in self.departures), *((0, t) for t in GENERIC)]
+        return np.stack([_at(cells[i], t) for i, t in kinds])
+
+    def leaves(self, stack: int) -> list[tuple[int, int] | None]:
+        """Where every stack leaves each answer at temperature 0, as row and column; None where it does not."""
+        best = self.paths.tokens_nats[stack, :, :-1].argmax(axis=1)
+        out: list[tuple[int, int] | None] = []
+        for rows in self.paths.rows:
+            left = np.flatnonzero(best[rows] != self.paths.own[rows])
+            out.append((rows.start + int(left[0]), int(best[rows.start + left[0]])) if left.size else None)
+        return out
+
+    @cached_property
+    def told(self) -> Floats:
+        """Whether each departure's answer stands out; shape (departures, N)."""
+        return np.array([
+            [leave is not None and bool(self.stands_out[leave]) for leave in self.leaves(i)] for i in self.departures
+        ], np.float64)  # fmt: skip
+
+
+def _at(cells_nats: Floats, temperature: float) -> Floats:
+    """At a temperature, with the share of outliers at temperature 1; what is not listed stays one cell."""
+    scaled = at_temperature(cells_nats.copy(), temperature)
+    return np.asarray(np.logaddexp(np.log1p(-HONEST_CHANCE) + scaled, np.log(HONEST_CHANCE) + cells_nats))
+
+
+def build_whole_library(bundle: Bundle, policy: Policy) -> WholeLibrary | None:
+    """What whole answers are compared with; None where the bundle has none, or too few honest stacks.
+
+    Raises
+    ------
+    BundleError
+        If the bundle cannot be judged against at all.
+    """
+    return _built(bundle, policy.model_dump_json(by_alias=True))
+
+
+@lru_cache(maxsize=4)
+def _built(bundle: Bundle, policy_text: str) -> WholeLibrary | None:
+    policy = Policy.model_validate_json(policy_text)
+    paths = paths_of(bundle)
+    if paths is None:
+        return None
+    honest = [i for i, s in enumerate(paths.stacks) if s.departure is None or s.departure_class in policy.accepts]
+    if len(honest) < 2:
+        return None
+    limit = max(null.limit_nats for null in build_library(bundle, policy, TOP_LOGPROBS).nulls)
+    return WholeLibrary(
+        paths=paths, honest=honest, departures=[i for i in range(len(paths.stacks)) if i not in honest], limit_nats=limit,
+        chance=honest_chances(paths, honest, policy.stack_margin),
+    )  # fmt: skip
+
+
+def honest_chances(paths: Paths, honest: Sequence[int], margin: float) -> Floats:
+    """The chance that an honest stack leaves each answer by a token, or by any by which it is left no more easily; shape (R, K).
+
+    How far leads move is taken from the noisiest recorded honest stacks, at all places of all answers, and a further stack may move them
+    `margin` times as far. Where the path's own token has been in the text before, nothing is said: some hosts punish repeating. The chances of all tokens of an answer with at least so large a lead are added up.
+    """
+    lead = paths.lead_nats
+    moved = lead[0] - lead[honest[1:]]
+    second = np.where(np.arange(lead.shape[2]) == paths.own[:, None], np.inf, lead[0]).argmin(axis=1)
+    at_second = np.take_along_axis(moved, second[None, :, None], axis=2)[:, :, 0]
+    noise = np.sqrt(np.mean(at_second**2, axis=1))
+    noisy = at_second[noise >= NOISY_SHARE * noise.max()]
+    # A sign says only which of the two tokens was counted from.
+    flips = tail_chance(np.abs(noisy).ravel(), np.maximum(lead[0], 0.0) / margin) / 2
+    flips[np.arange(len(flips)), paths.own] = 0.0
+    chance = np.ones_like(flips)
+    for rows in paths.rows:
+        own_lead, own_flips = lead[0][rows].ravel(), flips[rows].ravel()
+        order = np.argsort(-own_lead, kind="stable")
+        summed = np.empty_like(own_flips)
+        summed[order] = own_flips[order].cumsum()
+        chance[rows] = summed.reshape(flips[rows].shape)
+    chance[np.arange(len(flips)), paths.own] = 1.0
+    chance[paths.repeats] = 1.0
+    return np.asarray(np.minimum(chance, 1.0))
+
+
+@dataclass(frozen=True)
+class WholeEvidence:
+    """The evidence of whole answers after each of n first answers and then m repeats.
+
+    Attributes
+    ----------
+    library : WholeLibrary
+    places : list of int
+        Which answer each of the n is.
+    asked : int
+        How many were asked, those without a usable text included.
+    stand_out : bool array, shape (n,)
+    kept : bool array, shape (n,)
+        The reference's own, whole.
+    strange : int
+        Answers that leave the path by a token that is not listed: they count as evidence of nothing, since a gateway's own words are such.
+    again : list of bool
+        For each answer that stands out and was asked for again, whether it left the path at the same place.
+    log_cold, log_warm : float array, shape (n + m,)
+        Log e-processes against an honest stack at temperature 0, and at any other.
+    """
+
+    library: WholeLibrary
+    places: list[int]
+    leavings: list[Leaving]
+    asked: int
+    stand_out: NDArray[np.bool_]
+    kept: NDArray[np.bool_]
+    strange: int
+    again: list[bool]
+    log_cold: Floats
+    log_warm: Floats
+
+    @property
+    def count(self) -> int:
+        """How many first answers count."""
+        return len(self.places)
+
+    @property
+    def log_total(self) -> Floats:
+        """Against both nulls."""
+        return np.minimum(self.log_cold, self.log_warm)
+
+    @property
+    def comes_again(self) -> bool:
+        """Whether most of what stands out came again: then all requests are answered so, and not some."""
+        return 2 * sum(self.again) > len(self.again)
+
+    def matching(self, departure: int) -> int:
+        """How many of the answers that stand out are a recorded departure's own."""
+        leaves = self.library.leaves(departure)
+        out = 0
+        for place, left, far in zip(self.places, self.leavings, self.stand_out, strict=True):
+            rows, own = self.library.paths.rows[place], leaves[place]
+            out += bool(far) and own is not None and (own[0] - rows.start, own[1]) in left.cells
+        return out
+
+
+def weigh_whole(library: WholeLibrary, plan: Plan, observations: dict[str, Observation]) -> WholeEvidence | None:
+    """Compute the evidence of all whole answers so far; None where there is none."""
+    seen = [(r, observations[r.request_id]) for r in plan.whole_requests if r.request_id in observations]
+    read = [(r, read_whole(library, o)) for r, o in seen]
+    known = [(r, library.paths.index[r.probe.id], left) for r, left in read if left is not None]
+    if not known:
+        return None
+    places, leavings = [place for _, place, _ in known], [left for _, _, left in known]
+    stand_out, kept = _flags(library, places, leavings)
+    repeats: list[tuple[int, Leaving]] = []
+    for i in repeat_order(stand_out, kept):
+        observation = observations.get(again_twin(known[i][0]).request_id)
+        second = read_whole(library, observation) if observation is not None else None
+        if second is not None:
+            repeats.append((i, second))
+    return evidence_of(library, places, leavings, repeats, asked=len(seen))
+
+
+def evidence_of(
+    library: WholeLibrary,
+    places: list[int],
+    leavings: list[Leaving],
+    repeats: list[tuple[int, Leaving]],
+    *,
+    asked: int,
+) -> WholeEvidence:
+    """The evidence of first answers, and of repeats of some of these (by their number among the first answers)."""
+    stand_out, kept = _flags(library, places, leavings)
+    cold = stand_out_process(stand_out, false_positive=HONEST_CHANCE)
+    return WholeEvidence(
+        library=library, places=places, leavings=leavings, asked=asked, stand_out=stand_out, kept=kept,
+        strange=sum(_is_strange(library, left) for left in leavings), again=[second.cells == leavings[i].cells for i, second in repeats if stand_out[i]],
+        log_cold=np.concatenate([cold, np.full(len(repeats), cold[-1])]), log_warm=_against_warm(library, places, leavings, stand_out, repeats),
+    )  # fmt: skip
+
+
+def _flags(
+    library: WholeLibrary, places: list[int], leavings: list[Leaving]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which answers stand out, and which are the reference's own to the end."""
+    pairs = list(zip(places, leavings, strict=True))
+    out = [library.is_outstanding(place, left) for place, left in pairs]
+    whole = [not left.cells and left.kept == _length(library, place) for place, left in pairs]
+    return np.array(out, np.bool_), np.array(whole, np.bool_)
+
+
+def repeat_order(stand_out: NDArray[np.bool_], kept: NDArray[np.bool_]) -> list[int]:
+    """Which answers are worth asking for again, in order: what stands out, then what was the reference's own."""
+    return [*np.flatnonzero(stand_out).tolist(), *np.flatnonzero(kept).tolist()][:MOST_REPEATS]
+
+
+def wanted_repeats(evidence: WholeEvidence, requests: Iterable[PlannedRequest]) -> list[str]:
+    """The ids of the requests for them, in order."""
+    by_place = {evidence.library.paths.index[r.probe.id]: again_twin(r).request_id for r in requests}
+    return [by_place[evidence.places[i]] for i in repeat_order(evidence.stand_out, evidence.kept)]
+
+
+def _length(library: WholeLibrary, place: int) -> int:
+    rows = library.paths.rows[place]
+    return int(rows.stop - rows.start)
+
+
+def read_whole(library: WholeLibrary, observation: Observation) -> Leaving | None:
+    """How an answer goes along its path; None where that is not known."""
+    place = library.paths.index.get(observation.probe_id)
+    text = (observation.text or "").strip()
+    thinks = observation.shows_reasoning or (observation.reasoning_tokens or 0) > 0
+    ended = observation.finish_reason in ENDS
+    if place is None or not observation.answered or thinks or "\ufffd" in text or (not text and not ended):
+        return None
+    rows, paths = library.paths.rows[place], library.paths
+    return leaving(text.encode(), paths.tokens[rows], paths.listed[rows], paths.own[rows].tolist(), ended=ended)
+
+
+def _is_strange(library: WholeLibrary, left: Leaving) -> bool:
+    return any(column == library.chance.shape[1] for _, column in left.cells)
+
+
+def _log_served(library: WholeLibrary, place: int, left: Leaving) -> Floats:
+    """Logprob of an answer under everything that may be served; shape (kinds,)."""
+    rows = library.paths.rows[place]
+    tables = library.served_nats[:, rows]
+    own = np.take_along_axis(tables, library.paths.own[rows][None, :, None], axis=2)[:, :, 0].cumsum(axis=1)
+    before = np.concatenate([np.zeros((len(own), 1)), own], axis=1)
+    if not left.cells:
+        return np.asarray(before[:, left.kept])
+    return np.asarray(special.logsumexp([before[:, i] + tables[:, i, column] for i, column in left.cells], axis=0))
+
+
+def _log_drawn(library: WholeLibrary, place: int, left: Leaving) -> Floats:
+    """Logprob of an answer under every honest stack at every temperature but 0; shape (honest, T, truncations)."""
+    rows = library.paths.rows[place]
+    own = library.drawn_nats[rows].astype(np.float64)
+    before = np.concatenate([np.zeros((1, *own.shape[1:])), own.cumsum(axis=0)])
+    if not left.cells:
+        return np.asarray(before[left.kept])
+    ways = [before[i] + library.drawn(rows.start + i, (column,)) for i, column in left.cells]
+    return np.asarray(special.logsumexp(ways, axis=0))
+
+
+def _against_warm(
+    library: WholeLibrary,
+    places: list[int],
+    leavings: list[Leaving],
+    stand_out: NDArray[np.bool_],
+    repeats: list[tuple[int, Leaving]],
+) -> Floats:
+    """Log e-process against an honest stack at any other temperature: the best of them, against a mixture over shares and departures.
+
+    Under the mixture a request is answered by the reference at temperature 0, or with the chance ε by something else; and an answer of the
+    reference comes again as it was.
+    """
+    asked = [*zip(places, leavings, strict=True), *((places[i], second) for i, second in repeats)]
+    null = np.stack([_log_drawn(library, place, left) for place, left in asked]).cumsum(axis=0)
+    served = np.stack([_log_served(library, place, left) for place, left in asked])
+    reference = served[:, 0].copy()
+    for n, (i, second) in enumerate(repeats, start=len(places)):
+        if not stand_out[i]:
+            same = second.cells == leavings[i].cells and second.kept == leavings[i].kept
+            reference[n] = np.logaddexp(
+                np.log1p(-HONEST_CHANCE) if same else -np.inf, np.log(HONEST_CHANCE) + reference[n]
+            )
+    shares = np.log(SHARES)[None, :, None], np.log1p(-np.array(SHARES))[None, :, None]
+    course = np.logaddexp(shares[1] + reference[:, None, None], shares[0] + served[:, None, 1:]).cumsum(axis=0)
+    bets = course.reshape(len(asked), -1)
+    mixed = special.logsumexp(bets, axis=1) - np.log(bets.shape[1])
+    return np.asarray(mixed - null.reshape(len(asked), -1).max(axis=1))
+
+
+def coarse(library: WholeLibrary) -> list[int]:
+    """The recorded 4-bit weights, as places among the departures."""
+    return [n for n, i in enumerate(library.departures) if library.paths.stacks[i].departure_class == "int4"]
+
+
+def name_of(stack: StackRecord) -> str:
+    """What a departure is called."""
+    return stack.variant or stack.id

@@ -1,0 +1,200 @@
+"""Whole answers as text: where they leave the reference's, which honest stacks' never do, and what that is evidence for."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weighbridge.judge.whole import WholeEvidence, WholeLibrary, evidence_of, honest_chances, repeat_order
+from weighbridge.reference.bundle import Precision, StackRecord
+from weighbridge.reference.paths import MOST_REPEATS, Paths
+from weighbridge.stats.draws import cell_logprobs
+from weighbridge.stats.honest import tail_chance
+from weighbridge.stats.paths import Leaving, leaving
+
+TOKENS = [b"The", b" sky", b" is", b" blue"]
+LISTED = [
+    [b"The", b"A", b""],
+    [b" sky", b" sea", b" s"],
+    [b" is", b" was", b""],
+    [b" blue", b" b", b""],
+]
+OWN = [0, 0, 0, 0]
+
+
+def left(answer: str, *, ended: bool = False) -> Leaving:
+    return leaving(answer.encode(), TOKENS, LISTED, OWN, ended=ended)
+
+
+@pytest.mark.parametrize("answer", ["The sky is blue", "The sky is blue and", "The sky is bluer"])
+def test_an_answer_that_begins_with_the_path_is_kept_whole(answer: str) -> None:
+    assert left(answer) == Leaving(4)
+
+
+def test_an_answer_leaves_by_the_listed_token_that_it_goes_on_with() -> None:
+    assert left("The sea is blue") == Leaving(1, ((1, 1), (1, 2)))
+    assert left("A sky") == Leaving(0, ((0, 1),))
+    assert left("The sky was blue") == Leaving(1, ((1, 2), (2, 1)))
+
+
+def test_every_token_that_the_text_allows_is_named() -> None:
+    # " b" may have been the token, with "lack" after it; so may " s" in "sky", but only where the rest agrees.
+    assert left("The sky is black") == Leaving(1, ((1, 2), (3, 1)))
+
+
+def test_what_is_not_listed_is_one_cell() -> None:
+    assert left("Error: too many requests") == Leaving(0, ((0, 3),))
+    assert left("The sky is green") == Leaving(1, ((1, 2), (3, 3)))
+
+
+def test_a_shorter_answer_says_something_only_where_its_turn_has_ended() -> None:
+    assert left("The sky") == Leaving(2)
+    assert left("The sk") == Leaving(1)
+    assert left("The sky", ended=True) == Leaving(1, ((1, 2), (2, 2)))
+    assert left("", ended=True) == Leaving(0, ((0, 2),))
+
+
+def test_white_space_at_the_ends_is_no_difference() -> None:
+    tokens, listed = [b" The", b" end", b".\n\n"], [[b" The", b"A"], [b" end", b" start"], [b".\n\n", b"!"]]
+    assert leaving(b"The end.", tokens, listed, [0, 0, 0], ended=False) == Leaving(3)
+
+
+@given(st.lists(st.sampled_from([b"a", b"b", b" a", b"ab", b" "]), min_size=1, max_size=6), st.binary(max_size=8))
+def test_no_answer_is_both_kept_and_left(tokens: list[bytes], answer: bytes) -> None:
+    listed = [[token, b"a", b"b", b""] for token in tokens]
+    found = leaving(answer.strip(), tokens, listed, [0] * len(tokens), ended=True)
+    assert (found.kept == len(tokens)) == (not found.cells)
+    assert all(0 <= place < len(tokens) and 0 < column <= 4 for place, column in found.cells)
+
+
+def test_the_tail_is_that_of_the_values_where_they_are_many() -> None:
+    values = np.random.default_rng(5).exponential(size=200_000)
+    at = np.array([0.5, 2.0, 7.0, 10.0])
+    found = tail_chance(values, at)
+    assert found[:2] == pytest.approx(np.exp(-at[:2]), rel=0.02)
+    # The least shape makes the tail heavier than an exponential one, never lighter.
+    assert np.all(found[2:] >= np.exp(-at[2:]) * 0.7)
+    assert found[3] < 1e-3
+
+
+def test_a_heavy_tail_is_found_to_be_heavy() -> None:
+    values = np.random.default_rng(6).pareto(2.0, size=100_000)
+    assert tail_chance(values, np.array([300.0]))[0] == pytest.approx(300.0**-2, rel=0.6)
+
+
+def test_of_few_values_nothing_is_extrapolated() -> None:
+    assert tail_chance(np.linspace(0, 1, 20), np.array([5.0]))[0] == pytest.approx(1 / 20)
+
+
+# -- evidence ------------------------------------------------------------------------------------------------------
+
+LENGTH, ANSWERS_KNOWN, K = 4, 60, 3
+
+
+def paths(noise_nats: float = 0.05, seed: int = 3) -> Paths:
+    """Answers of four tokens; three honest stacks beside the reference, and one departure that moves leads by a nat."""
+    rng = np.random.default_rng(seed)
+    rows = LENGTH * ANSWERS_KNOWN
+    lead = np.tile(np.array([[0.0, 0.2, 4.0], [0.0, 1.5, 4.0], [0.0, 2.0, 5.0], [0.0, 0.1, 6.0]]), (ANSWERS_KNOWN, 1))
+    listed = -lead - np.log(np.exp(-lead).sum(axis=1, keepdims=True)) - 0.01
+    noises = [0.0, noise_nats, noise_nats, noise_nats, 1.0]
+    moved = [cell_logprobs(np.minimum(listed + rng.normal(0, s, (rows, K)), -0.001) - 0.01) for s in noises]
+    stacks = [stack(name, departs) for name, departs in (("ref", False), ("a", False), ("b", False), ("c", False), ("int4", True))]  # fmt: skip
+    return Paths(
+        probe_ids=[f"p{i}" for i in range(ANSWERS_KNOWN)], rows=[slice(LENGTH * i, LENGTH * (i + 1)) for i in range(ANSWERS_KNOWN)],
+        tokens=[b" t"] * rows, listed=[[b" t", b" u", b" v"]] * rows, own=np.zeros(rows, np.int64), repeats=np.zeros(rows, np.bool_),
+        stacks=stacks, tokens_nats=np.stack(moved),
+    )  # fmt: skip
+
+
+def stack(name: str, departs: bool) -> StackRecord:
+    precision = Precision(weights="float32", activations="float32", kv_cache="float32", logits="float32")
+    return StackRecord(
+        id=name, description=name, departure="precision" if departs else None, departure_class="int4" if departs else None,
+        variant=name if departs else None, family=f"{name}/float32", engine={}, precision=precision, pools=[],
+    )  # fmt: skip
+
+
+def library(known: Paths | None = None) -> WholeLibrary:
+    known = known or paths()
+    return WholeLibrary(known, [0, 1, 2, 3], [4], 0.065, honest_chances(known, [0, 1, 2, 3], 1.25))
+
+
+WHOLE = Leaving(LENGTH)
+TIE, SURE, STRANGE = Leaving(0, ((0, 1),)), Leaving(2, ((2, 1),)), Leaving(0, ((0, K),))
+
+
+def evidence(leavings: list[Leaving], repeats: list[tuple[int, Leaving]]) -> WholeEvidence:
+    return evidence_of(library(), [*range(len(leavings))], leavings, repeats, asked=len(leavings))
+
+
+def test_what_stands_out_is_what_no_honest_stack_gives() -> None:
+    known = library()
+    assert not known.is_outstanding(0, WHOLE)
+    assert not known.is_outstanding(0, TIE)
+    assert known.is_outstanding(0, SURE)
+    # One token by which an honest stack might have left is enough to say nothing.
+    assert not known.is_outstanding(0, Leaving(0, ((0, 1), (2, 1))))
+    assert not known.is_outstanding(0, STRANGE)
+    # Among the departure's answers many do, and among those of every honest stack none.
+    assert known.told[0].mean() > 0.05
+    assert not any(leave is not None and known.stands_out[leave] for i in known.honest for leave in known.leaves(i))
+
+
+def test_what_repeats_the_text_never_stands_out() -> None:
+    repeating = dataclasses.replace(paths(), repeats=np.ones(LENGTH * ANSWERS_KNOWN, np.bool_))
+    assert not library(repeating).is_outstanding(0, SURE)
+
+
+def test_noisier_stacks_ask_for_larger_leads() -> None:
+    assert not library(paths(noise_nats=0.6)).is_outstanding(0, SURE)
+
+
+def test_one_answer_never_decides_and_two_do() -> None:
+    one = evidence([SURE, *[WHOLE] * 40], [(0, WHOLE)])
+    two = evidence([SURE, *[WHOLE] * 30, SURE, *[WHOLE] * 9], [(0, WHOLE), (31, WHOLE)])
+    assert two.log_cold[-1] > np.log(5000)
+    assert one.log_cold[-1] < np.log(1000)
+    assert two.again == [False, False]
+    assert not two.comes_again
+
+
+def test_an_honest_host_at_another_temperature_is_not_accused() -> None:
+    # At temperature 1 answers leave where they will, and other ones come when they are asked for again.
+    rng = np.random.default_rng(8)
+    known = library()
+
+    def drawn(place: int) -> Leaving:
+        for position, row in enumerate(range(known.paths.rows[place].start, known.paths.rows[place].stop)):
+            column = int(rng.choice(K + 1, p=np.exp(known.paths.tokens_nats[1, row])))
+            if column:
+                return Leaving(position, ((position, column),))
+        return WHOLE
+
+    for _ in range(20):
+        order = rng.permutation(ANSWERS_KNOWN).tolist()
+        leavings = [drawn(place) for place in order]
+        flags = np.array([known.is_outstanding(p, left) for p, left in zip(order, leavings, strict=True)])
+        kept = np.array([left == WHOLE for left in leavings])
+        repeats = [(i, drawn(order[i])) for i in repeat_order(flags, kept)]
+        found = evidence_of(known, order, leavings, repeats, asked=len(order))
+        assert found.log_cold[-1] > np.log(1000)
+        assert found.log_warm.max() < np.log(1000)
+
+
+def test_repeats_tell_temperature_0() -> None:
+    first = [SURE, WHOLE, SURE, *[WHOLE] * 30]
+    before = evidence(first, [])
+    again = [(0, WHOLE), (2, WHOLE), *((i, WHOLE) for i in range(3, 17))]
+    after = evidence(first, again)
+    assert after.log_warm[-1] > before.log_warm[-1]
+    other = evidence(first, [(0, WHOLE), (2, WHOLE), *((i, TIE) for i in range(3, 17))])
+    assert other.log_warm[-1] < after.log_warm[-1]
+
+
+def test_what_stands_out_is_asked_for_again_first() -> None:
+    out, kept = np.array([False, True, False, True]), np.array([True, False, True, False])
+    assert repeat_order(out, kept) == [1, 3, 0, 2]
+    assert len(repeat_order(np.ones(40, np.bool_), kept)) == MOST_REPEATS
