@@ -159,7 +159,7 @@ def audit(library: WholeLibrary, order: list[int], answer: Callable[[int], Leavi
     evidence = evidence_of(library, order[:n], leavings[:n], repeats, asked=n)
     course = kept + evidence.log_total
     shown = diversion_shown(course, np.concatenate([out[:n], np.zeros(len(repeats), np.bool_)]), e_value=e_value)
-    return Course(n if shown else np.inf, shown or np.inf, evidence.comes_again, out)
+    return Course(n if shown else np.inf, shown or np.inf, not evidence.is_some, out)
 
 
 def diverted(
@@ -204,7 +204,7 @@ def found_by(
             rows[f"{other} behind {honest}"] = {
                 "answers_median_p90": [quantile([c.answers for c in courses], q) for q in (0.5, 0.9)],
                 "requests_median": quantile([c.requests for c in courses], 0.5),
-                "found": len(found) / len(courses), "said_to_come_again": sum(c.again for c in found) / max(len(found), 1),
+                "found": len(found) / len(courses), "not_called_routing": sum(c.again for c in found) / max(len(found), 1),
                 "stand_out": float(told), "all_requests_answers_median": quantile([c.answers for c in diverted(library, answers[honest], answers[other], 1.0, 20, generator, e_value)], 0.5),
             }  # fmt: skip
     document.reported["diverted_5_percent"] = rows

@@ -249,6 +249,20 @@ def test_doctor_tells_what_logprobs_mean(lies: Lies, regime: str, backend: Backe
     assert json.loads(result.stdout)["temperature_regime"] == regime
 
 
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize(("each", "cause", "share"), [(True, "partial_routing", "inconsistent"), (False, "none_of_these", "not_applicable")])  # fmt: skip
+def test_by_whole_answers_some_requests_elsewhere_are_found(
+    each: bool, cause: str, share: str, backend: Backend, tmp_path: Path
+) -> None:
+    # First tokens alone may be enough where the same prompt always goes the same way; the share is too small for them here.
+    lies = Lies(max_top_logprobs=0, divert_share=0.1, divert_each=each)
+    with Front(backend("f16").port, lies, diverted_port=backend("q4_0").port) as front:
+        _, verdict = audit(front, tmp_path / "run", "--max-requests", "170")
+    assert (verdict.verdict, verdict.cause, verdict.level) == ("differs", cause, "L4")
+    assert verdict.axes["share"] == share
+    assert verdict.requests_sent < 170
+
+
 @pytest.mark.usefixtures("weights_only")
 def test_some_requests_elsewhere_is_not_called_consistent(backend: Backend, tmp_path: Path) -> None:
     with Front(backend("f16").port, Lies(divert_share=0.5), diverted_port=backend("q4_0").port) as front:

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weighbridge.judge.whole import WholeEvidence, WholeLibrary, evidence_of, honest_chances, repeat_order
+from weighbridge.judge.whole import (
+    LEAST_KEPT_AGAIN,
+    WholeEvidence,
+    WholeLibrary,
+    evidence_of,
+    honest_chances,
+    repeat_order,
+)
 from weighbridge.reference.bundle import Precision, StackRecord
 from weighbridge.reference.paths import MOST_REPEATS, Paths
 from weighbridge.stats.draws import cell_logprobs
@@ -158,7 +165,6 @@ def test_one_answer_never_decides_and_two_do() -> None:
     assert two.log_cold[-1] > np.log(5000)
     assert one.log_cold[-1] < np.log(1000)
     assert two.again == [False, False]
-    assert not two.comes_again
 
 
 def test_an_honest_host_at_another_temperature_is_not_accused() -> None:
@@ -197,4 +203,21 @@ def test_repeats_tell_temperature_0() -> None:
 def test_what_stands_out_is_asked_for_again_first() -> None:
     out, kept = np.array([False, True, False, True]), np.array([True, False, True, False])
     assert repeat_order(out, kept) == [1, 3, 0, 2]
-    assert len(repeat_order(np.ones(40, np.bool_), kept)) == MOST_REPEATS
+    # Some room is left for what was the reference's own.
+    many = repeat_order(np.arange(40) < 30, np.arange(40) >= 30)
+    assert many == [*range(MOST_REPEATS - LEAST_KEPT_AGAIN), 30, 31, 32, 33]
+
+
+@pytest.mark.parametrize(
+    ("out", "kept", "some"),
+    [
+        ([WHOLE, WHOLE], [WHOLE] * 6, True),
+        ([SURE, SURE], [WHOLE] * 6, False),  # all requests are answered so
+        ([WHOLE, SURE], [WHOLE] * 5 + [TIE], True),
+        ([WHOLE, WHOLE], [WHOLE, TIE] * 3, False),  # nothing comes again: the prompt may be another one each time
+        ([WHOLE, WHOLE], [WHOLE] * 3, False),  # too few to know
+    ],
+)
+def test_some_requests_are_told_from_all(out: list[Leaving], kept: list[Leaving], some: bool) -> None:
+    found = evidence([SURE, SURE, *[WHOLE] * 30], [*enumerate(out), *((i + 2, left) for i, left in enumerate(kept))])
+    assert found.is_some == some

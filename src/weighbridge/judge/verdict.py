@@ -34,6 +34,7 @@ from weighbridge.judge.checks.weights import (
 )
 from weighbridge.judge.faults import explain
 from weighbridge.judge.texts import TextEvidence
+from weighbridge.judge.whole import LEAST_KEPT_AGAIN
 from weighbridge.records import (
     AXES,
     Axis,
@@ -128,7 +129,8 @@ def is_diversion_decided(case: Case) -> bool:
     texts, whole = case.texts, case.whole
     if texts is None or whole is None or whole_differs_after(texts, whole, case.plan.policy) is None:
         return False
-    return len(whole.again) >= min(int(whole.stand_out.sum()), MOST_REPEATS)
+    wanted = min(int(whole.stand_out.sum()), MOST_REPEATS - LEAST_KEPT_AGAIN)
+    return len(whole.again) >= wanted and len(whole.kept_again) >= LEAST_KEPT_AGAIN
 
 
 def useful_probes(case: Case) -> set[str] | None:

@@ -32,6 +32,9 @@ HONEST_CHANCE = 8e-5
 NOISY_SHARE = 0.5
 # Temperatures at which a departure of no recorded kind gives the reference's other answers.
 GENERIC = (0.2, 0.4, 0.8)
+# Of the reference's own answers come again where only some requests go elsewhere; and so many have to be asked for that.
+COMES_AGAIN_SHARE = 0.75
+LEAST_KEPT_AGAIN = 4
 ENDS = ("stop", "end_turn", "eos")  # what hosts call the end of a turn
 
 
@@ -186,6 +189,8 @@ class WholeEvidence:
         Answers that leave the path by a token that is not listed: they count as evidence of nothing, since a gateway's own words are such.
     again : list of bool
         For each answer that stands out and was asked for again, whether it left the path at the same place.
+    kept_again : list of bool
+        The same of answers that were the reference's own.
     log_cold, log_warm : float array, shape (n + m,)
         Log e-processes against an honest stack at temperature 0, and at any other.
     """
@@ -198,6 +203,7 @@ class WholeEvidence:
     kept: NDArray[np.bool_]
     strange: int
     again: list[bool]
+    kept_again: list[bool]
     log_cold: Floats
     log_warm: Floats
 
@@ -212,9 +218,16 @@ class WholeEvidence:
         return np.minimum(self.log_cold, self.log_warm)
 
     @property
-    def comes_again(self) -> bool:
-        """Whether most of what stands out came again: then all requests are answered so, and not some."""
-        return 2 * sum(self.again) > len(self.again)
+    def is_some(self) -> bool:
+        """Whether something else answers some requests: what stands out mostly does not come again, and the reference's own answers do.
+
+        What comes again is how all requests are answered; where nothing comes again the prompt may be another one each time.
+        """
+        some = bool(self.again) and 2 * sum(self.again) <= len(self.again)
+        steady = len(self.kept_again) >= LEAST_KEPT_AGAIN and sum(self.kept_again) >= COMES_AGAIN_SHARE * len(
+            self.kept_again
+        )
+        return some and steady
 
     def matching(self, departure: int) -> int:
         """How many of the answers that stand out are a recorded departure's own."""
@@ -258,6 +271,7 @@ def evidence_of(
     return WholeEvidence(
         library=library, places=places, leavings=leavings, asked=asked, stand_out=stand_out, kept=kept,
         strange=sum(_is_strange(library, left) for left in leavings), again=[second.cells == leavings[i].cells for i, second in repeats if stand_out[i]],
+        kept_again=[not second.cells for i, second in repeats if not stand_out[i]],
         log_cold=np.concatenate([cold, np.full(len(repeats), cold[-1])]), log_warm=_against_warm(library, places, leavings, stand_out, repeats),
     )  # fmt: skip
 
@@ -274,7 +288,8 @@ def _flags(
 
 def repeat_order(stand_out: NDArray[np.bool_], kept: NDArray[np.bool_]) -> list[int]:
     """Which answers are worth asking for again, in order: what stands out, then what was the reference's own."""
-    return [*np.flatnonzero(stand_out).tolist(), *np.flatnonzero(kept).tolist()][:MOST_REPEATS]
+    out = np.flatnonzero(stand_out).tolist()[: MOST_REPEATS - LEAST_KEPT_AGAIN]
+    return [*out, *np.flatnonzero(kept).tolist()][:MOST_REPEATS]
 
 
 def wanted_repeats(evidence: WholeEvidence, requests: Iterable[PlannedRequest]) -> list[str]:

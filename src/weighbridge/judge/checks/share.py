@@ -120,10 +120,10 @@ def _share_of_whole(case: Case, texts: TextEvidence, whole: WholeEvidence) -> Fi
             + f", where recorded 4-bit weights give {least:.0%} such at least: such weights answered at most {high:.0%} of requests (95 % upper limit); a fainter departure, or a rarer one, would not stand out",
             to_resolve="Logprobs, or more requests: 299 of which none stands out bring the limit to 1 % of what is always told",
         )  # fmt: skip
-    if whole.comes_again or not whole.again:
+    if not whole.is_some:
         return Finding(
-            **common, outcome="not_applicable", summary="What stands out comes again: the answers differ as a whole"
-        )
+            **common, outcome="not_applicable", summary="What stands out comes again, or what is the reference's own does not: the answers may differ as a whole"
+        )  # fmt: skip
     low, high = anytime_share_interval(whole.stand_out, rates, confidence=CONFIDENCE)
     effect = Effect(name="share of requests that something else answered", value=out / n, low=low, high=high, unit="1", confidence=CONFIDENCE)  # fmt: skip
     return Finding(

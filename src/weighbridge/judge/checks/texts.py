@@ -186,14 +186,11 @@ def _whole_differs(whole: WholeEvidence, common: dict[str, Any]) -> Finding:
     """First tokens are as the reference's, and some whole answers are none that an honest stack gives."""
     out, repeated = int(whole.stand_out.sum()), len(whole.again)
     what = f"No logprobs are returned, so whole answers were compared (level L4): {out} of {whole.count} leave the reference's own where it is sure of itself, which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}"
-    if whole.comes_again or not repeated:
-        again = f"{sum(whole.again)} of {repeated} come again" if repeated else "none was asked for again"
+    if not whole.is_some:
+        again = f"{sum(whole.again)} of {repeated} that were asked for again come again, and {sum(whole.kept_again)} of {len(whole.kept_again)} of the reference's own"
         return Finding(
-            **common,
-            outcome="inconsistent",
-            cause="none_of_these",
-            summary=f"{what}; {again}, so all requests may be answered so",
-        )
+            **common, outcome="inconsistent", cause="none_of_these", summary=f"{what}; {again}, so all requests may be answered so"
+        )  # fmt: skip
     named = max(whole.library.departures, key=whole.matching, default=None)
     matching = (
         ""
