@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -210,7 +211,7 @@ def test_probes_for_text_were_chosen_from_more_than_20_000() -> None:
 def test_the_bundle_was_recorded_on_these_pools(bundle: Bundle) -> None:
     official = [pool for pool in bundle.manifest.pools if pool.rendering == OFFICIAL]
     assert [pool.id for pool in official] == [
-        "chat-one-token", "banded-one-token", "short-answer", "forced-text", "long-context", "greedy-text", "prompt-structure",
+        "chat-one-token", "banded-one-token", "short-answer", "forced-text", "long-context", "greedy-text", "prompt-structure", "whole-answer",
     ]  # fmt: skip
     for recorded in official:
         pool = pool_of(bundle, recorded.level)
@@ -243,11 +244,11 @@ def test_the_prompts_structure_is_of_every_kind(bundle: Bundle) -> None:
     assert all(probe.messages[-1].role == "user" for probe in probes)
 
 
-def test_all_pools_together_stay_below_sixty_thousand_prompt_tokens(bundle: Bundle) -> None:
+def test_all_pools_together_stay_below_seventy_thousand_prompt_tokens(bundle: Bundle) -> None:
     official = [i for pool in bundle.manifest.pools if pool.rendering == OFFICIAL for i in pool.probes]
     lengths = np.diff(bundle.prompt_offsets)[official]
     # A forced text is counted as it is sent: without what the model is to go on with.
-    assert bundle.prompt_tokens[0, official].sum() <= lengths.sum() <= 60_000
+    assert bundle.prompt_tokens[0, official].sum() <= lengths.sum() <= 70_000
 
 
 def test_long_contexts_are_few_and_long(bundle: Bundle) -> None:
@@ -282,7 +283,7 @@ def test_every_eighth_token_of_a_forced_text_is_scored(bundle: Bundle) -> None:
 
 def test_one_token_probes_are_scored_once_after_their_last_token(bundle: Bundle) -> None:
     for recorded in bundle.manifest.pools:
-        if recorded.level in ("L1", "L2"):
+        if recorded.level in ("L1", "L2", "whole"):
             continue
         lengths = np.diff(bundle.prompt_offsets)[recorded.probes]
         rows = [bundle.row_index[bundle.manifest.probe_ids[i]] for i in recorded.probes]
@@ -303,6 +304,22 @@ def test_short_answers_are_scored_at_every_third_of_their_tokens(bundle: Bundle)
         # It is the reference's own likeliest answer: each token that is scored stands first in the reference's row.
         for row, place in zip(np.flatnonzero(bundle.row_probe == index), places, strict=True):
             assert bundle.token_ids[row, 0] == bundle.prompt_ids[bundle.prompt_offsets[index] + place + 1]
+
+
+def test_whole_answers_are_scored_at_every_token_and_are_the_references_own(bundle: Bundle) -> None:
+    pool = load_pool("whole-answer")
+    assert len(pool.probes) == 80
+    beginnings: Counter[tuple[int, ...]] = Counter()
+    for probe in pool.probes:
+        index = bundle.probe_index[probe.id]
+        places = bundle.row_position[bundle.row_probe == index]
+        assert (np.diff(places) == 1).all()
+        assert len(places) == bundle.scored_tokens(probe.id) == bundle.answer_tokens(probe.id) == 16
+        own = bundle.prompt_of(probe.id)[-16:]
+        assert bundle.token_ids[bundle.row_probe == index, 0].tolist() == own
+        beginnings[tuple(own[:4])] += 1
+    # A small model has few beginnings.
+    assert max(beginnings.values()) <= 2
 
 
 # -- the draw --------------------------------------------------------------------------------------------------

@@ -7,15 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weighbridge.errors import RunFolderError
+from weighbridge.judge.policy import load_policy
+from weighbridge.judge.power import diversions
 from weighbridge.judge.whole import (
+    HONEST_CHANCE,
     LEAST_KEPT_AGAIN,
     WholeEvidence,
     WholeLibrary,
+    build_whole_library,
+    coarse,
     evidence_of,
     honest_chances,
     repeat_order,
 )
-from weighbridge.reference.bundle import Precision, StackRecord
+from weighbridge.plan import check_draw, make_plan
+from weighbridge.records import Endpoint
+from weighbridge.reference.bundle import Precision, StackRecord, load_bundle
 from weighbridge.reference.paths import MOST_REPEATS, Paths
 from weighbridge.stats.draws import cell_logprobs
 from weighbridge.stats.honest import tail_chance
@@ -221,3 +229,55 @@ def test_what_stands_out_is_asked_for_again_first() -> None:
 def test_some_requests_are_told_from_all(out: list[Leaving], kept: list[Leaving], some: bool) -> None:
     found = evidence([SURE, SURE, *[WHOLE] * 30], [*enumerate(out), *((i + 2, left) for i, left in enumerate(kept))])
     assert found.is_some == some
+
+
+# -- the embedded bundle --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embedded() -> WholeLibrary:
+    found = build_whole_library(load_bundle("smollm2-135m-instruct"), load_policy("strict"))
+    assert found is not None
+    return found
+
+
+def test_no_recorded_honest_stack_gives_an_answer_that_stands_out(embedded: WholeLibrary) -> None:
+    stacks = embedded.paths.stacks
+    for left_out in {stacks[i].family for i in embedded.honest[1:]}:
+        kept = [i for i in embedded.honest if i == embedded.honest[0] or stacks[i].family != left_out]
+        allowed = honest_chances(embedded.paths, kept, 1.25) <= HONEST_CHANCE
+        for i in embedded.honest:
+            assert not any(leave is not None and allowed[leave] for leave in embedded.leaves(i)), stacks[i].id
+
+
+def test_most_answers_of_4_bit_weights_stand_out(embedded: WholeLibrary) -> None:
+    told = embedded.told.mean(axis=1)
+    names = [embedded.paths.stacks[i].id for i in embedded.departures]
+    assert {names[i] for i in coarse(embedded)} >= {"llamacpp-q4_0", "nf4-g64", "int4-g64"}
+    assert told[coarse(embedded)].min() > 0.5
+    assert told[names.index("int8")] == 0
+
+
+def test_a_plan_holds_every_whole_answer_once_in_the_order_of_its_draw() -> None:
+    bundle = load_bundle("smollm2-135m-instruct")
+    endpoint = Endpoint(name="x", base_url="http://127.0.0.1:1/v1", model="m")
+    plans = [make_plan(endpoint, load_policy("strict"), bundle, seed=seed) for seed in ("1", "2")]
+    orders = [[r.probe.id for r in plan.whole_requests] for plan in plans]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert len(set(orders[0])) == 80
+    assert all(r.max_tokens == 16 and r.probe.messages[-1].role == "user" for r in plans[0].whole_requests)
+    check_draw(plans[0], bundle)
+    changed = plans[0].model_copy(update={"whole_requests": plans[0].whole_requests[1:]})
+    with pytest.raises(RunFolderError):
+        check_draw(changed, bundle)
+
+
+def test_power_says_after_how_many_whole_answers_a_share_is_found(embedded: WholeLibrary) -> None:
+    found = {d.departure: d for d in diversions(embedded, load_policy("strict"), draws=200)}
+    assert found["llamacpp-q4_0"].answers_median is not None
+    assert found["int8"].answers_median is None
+    assert found["int8"].reached_share == 0
+    assert diversions(embedded, load_policy("strict"), draws=20) == diversions(
+        embedded, load_policy("strict"), draws=20
+    )

@@ -13,8 +13,9 @@ from weighbridge.cli.reference_licence import plain
 from weighbridge.errors import ConfigurationError
 from weighbridge.judge.library import build_library
 from weighbridge.judge.policy import load_policy
-from weighbridge.judge.power import DRAWS, TEXT_LEVEL, Resolution, resolutions, text_resolutions
+from weighbridge.judge.power import DRAWS, TEXT_LEVEL, Diversion, Resolution, diversions, resolutions, text_resolutions
 from weighbridge.judge.texts import build_text_library
+from weighbridge.judge.whole import build_whole_library
 from weighbridge.records import LogprobLevel, Policy, Price
 from weighbridge.reference.bundle import Bundle, load_bundle, unfit_to_judge
 
@@ -68,14 +69,18 @@ def power_command(
     if texts is not None:
         talk.print(f"drawing audits at level {TEXT_LEVEL}", markup=False, highlight=False)
         found += [_priced(r, rates) for r in text_resolutions(texts, policy, draws=draws, seed=seed)]
+    whole = build_whole_library(bundle, policy)
+    diverted = diversions(whole, policy, draws=draws, seed=seed) if whole is not None else []
     if as_json:
         print_json({
             "schema": "weighbridge/power/1", "reference": bundle.identity.model_dump(), "policy": policy.id, "differs_e_value": policy.differs_e_value,
             "top_logprobs": top_logprobs, "draws": draws, "seed": seed, "levels": [*levels, *([TEXT_LEVEL] if texts is not None else [])],
-            "departures": [r.model_dump() | {"resolvable": r.resolvable} for r in found],
+            "departures": [r.model_dump() | {"resolvable": r.resolvable} for r in found], "diverted": [d.model_dump() for d in diverted],
         }, ascii_only=True)  # fmt: skip
         return 0
     _show(bundle, policy, found, draws)
+    if diverted:
+        _show_diverted(diverted)
     return 0
 
 
@@ -113,6 +118,23 @@ def _show(bundle: Bundle, policy: Policy, found: list[Resolution], draws: int) -
     console.print(
         "Tokens and money are those of the median audit, without the calls that ask what an endpoint exposes."
     )
+
+
+def _show_diverted(diverted: list[Diversion]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_ELSEWHERE)
+    table = Table(
+        box=None,
+        padding=(0, 2, 0, 0),
+        title=f"{diverted[0].share:.0%} of the requests go elsewhere: whole answers as text, no logprobs",
+        title_justify="left",
+    )
+    table.add_column("answered by")
+    for heading in ("its answers that stand out", "found within the pool", "median", "90 %"):
+        table.add_column(heading, justify="right")
+    for d in diverted:
+        cells = (d.departure, f"{d.stand_out_share:.0%}", f"{d.reached_share:.0%}", _number(d.answers_median), _number(d.answers_p90))  # fmt: skip
+        table.add_row(*(Text(plain(cell)) for cell in cells))
+    console.print(table)
 
 
 def _number(value: int | None) -> str:

@@ -14,10 +14,12 @@ from scipy import special
 from weighbridge.judge.answers import Residuals
 from weighbridge.judge.library import Library, Null, travels
 from weighbridge.judge.sizes import Features, against_honest, exclusion_processes, features_of
-from weighbridge.judge.texts import TextLibrary, cold_process, same_text
+from weighbridge.judge.texts import KEPT_FOR_DRAWS, TextLibrary, cold_process, same_text
+from weighbridge.judge.whole import HONEST_CHANCE, WholeLibrary
 from weighbridge.records import Finite, LogprobLevel, Policy, Record
 from weighbridge.reference.bundle import StackRecord
 from weighbridge.stats.draws import at_temperature
+from weighbridge.stats.mixtures import MIN_STANDING_OUT, stand_out_process
 from weighbridge.stats.residuals import own_top
 
 Floats = NDArray[np.float64]
@@ -25,6 +27,7 @@ TEXT_LEVEL: Literal["L4"] = "L4"
 DRAWS = 200
 FEW_DRAWS = 10
 RESOLVED_SHARE = 0.9  # of draws that must reach the level
+DIVERTED_SHARE = 0.05  # of the requests
 LONGEST = 120  # answers: what takes more is not resolvable at a price that anybody pays
 
 
@@ -48,6 +51,18 @@ class Resolution(Record):
     def resolvable(self) -> bool:
         """Whether at least nine draws of ten reach the level within the pool and, where logprobs are compared, 120 answers."""
         return self.reached_share >= RESOLVED_SHARE
+
+
+class Diversion(Record):
+    """How many whole answers, as text, tell that a departure answers a share of the requests; repeats are not counted."""
+
+    departure: str
+    family: str | None
+    share: Finite
+    stand_out_share: Finite
+    reached_share: Finite
+    answers_median: int | None
+    answers_p90: int | None
 
 
 def put_on(library: Library, variant: int, stack: int) -> Features:
@@ -181,6 +196,30 @@ def text_resolutions(library: TextLibrary, policy: Policy, *, draws: int = DRAWS
             completion_tokens=int(median) if np.isfinite(median) else None,
         ))  # fmt: skip
     return sorted(out, key=lambda r: r.noise_nats)
+
+
+def diversions(library: WholeLibrary, policy: Policy, *, draws: int = DRAWS, seed: int = 1) -> list[Diversion]:
+    """Where a share of the requests goes to a departure, each by itself, and its own likeliest answers come back, as they were recorded.
+
+    First tokens are taken to have left no more than what is kept of the evidence for what comes after them. That temperature 0 is served is taken as told.
+    """
+    generator = np.random.default_rng(seed)
+    kept = float(np.log(KEPT_FOR_DRAWS))
+    out = []
+    for index, told in zip(library.departures, library.told, strict=True):
+        stack = library.paths.stacks[index]
+        order = np.argsort(generator.random((draws, told.size)), axis=1)
+        shown = (told[order] > 0) & (generator.random(order.shape) < DIVERTED_SHARE)
+        course = kept + stand_out_process(shown, false_positive=HONEST_CHANCE)
+        enough = shown.cumsum(axis=-1) >= MIN_STANDING_OUT
+        needed = _first((course >= np.log(policy.differs_e_value)) & enough, 1)
+        median, p90 = (float(np.quantile(needed, q, method="higher")) for q in (0.5, 0.9))
+        out.append(Diversion(
+            departure=stack.id, family=stack.departure_class, share=DIVERTED_SHARE, stand_out_share=float(told.mean()),
+            reached_share=float(np.isfinite(needed).mean()),
+            answers_median=int(median) if np.isfinite(median) else None, answers_p90=int(p90) if np.isfinite(p90) else None,
+        ))  # fmt: skip
+    return sorted(out, key=lambda d: d.stand_out_share)
 
 
 def _text_bets(
