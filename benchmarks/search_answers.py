@@ -42,6 +42,7 @@ NOISE_NATS, LEAD_NATS = 1.0, 1.0  # of 4-bit weights in long answers; from which
 PRESELECTED, CHOSEN = 700, 80
 MOST_ALIKE, ALIKE_TOKENS = 2, 4  # so many answers that begin with the same tokens: a small model has few beginnings
 MARGIN = 1.25
+LIMIT_NATS = 0.067  # noise that an honest stack may have in the embedded library
 HONEST = {"hf-bfloat16": LocalSetting(dtype="bfloat16"), "hf-bfloat16-eager": LocalSetting(dtype="bfloat16", attention="eager")}  # fmt: skip
 SEEN = {name: LocalSetting(weights=name) for name in ("nf4-g64", "int4-asym-g64", "int4-g32", "mxfp4")}
 
@@ -148,7 +149,7 @@ def main() -> None:
         own=np.zeros(len(own), np.int64), repeats=np.array(repeats), stacks=[],
         tokens_nats=np.stack([cell_logprobs(one) for one in (reference, *(nats[name] for name in HONEST))]),
     )  # fmt: skip
-    out = honest_chances(paths, range(1 + len(HONEST)), MARGIN) <= HONEST_CHANCE
+    out = honest_chances(paths, range(1 + len(HONEST)), LIMIT_NATS, MARGIN) <= HONEST_CHANCE
     told = {name: stands_out(nats[name], out) & sure for name in SEEN}
     for name in HONEST:
         print(f"{name}: {stands_out(nats[name], out).sum()} of {len(fits)} stand out", flush=True)

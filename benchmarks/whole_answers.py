@@ -141,7 +141,7 @@ class Course:
 
     answers: float
     requests: float
-    again: bool
+    is_some: bool
     stand_out: Flags
 
 
@@ -153,13 +153,14 @@ def audit(library: WholeLibrary, order: list[int], answer: Callable[[int], Leavi
     cold = kept + stand_out_process(out, false_positive=HONEST_CHANCE)
     n = diversion_shown(cold, out, e_value=e_value)
     if n is None:
-        return Course(np.inf, np.inf, again=False, stand_out=out)
+        return Course(np.inf, np.inf, is_some=False, stand_out=out)
     whole = np.array([not left.cells for left in leavings[:n]])
     repeats = [(i, answer(order[i])) for i in repeat_order(out[:n], whole)]
     evidence = evidence_of(library, order[:n], leavings[:n], repeats, asked=n)
     course = kept + evidence.log_total
     shown = diversion_shown(course, np.concatenate([out[:n], np.zeros(len(repeats), np.bool_)]), e_value=e_value)
-    return Course(n if shown else np.inf, shown or np.inf, not evidence.is_some, out)
+    shown = shown if evidence.is_asked_again else None
+    return Course(n if shown else np.inf, shown or np.inf, evidence.is_some, out)
 
 
 def diverted(
@@ -204,7 +205,7 @@ def found_by(
             rows[f"{other} behind {honest}"] = {
                 "answers_median_p90": [quantile([c.answers for c in courses], q) for q in (0.5, 0.9)],
                 "requests_median": quantile([c.requests for c in courses], 0.5),
-                "found": len(found) / len(courses), "not_called_routing": sum(c.again for c in found) / max(len(found), 1),
+                "found": len(found) / len(courses), "called_routing": sum(c.is_some for c in found) / max(len(found), 1),
                 "stand_out": float(told), "all_requests_answers_median": quantile([c.answers for c in diverted(library, answers[honest], answers[other], 1.0, 20, generator, e_value)], 0.5),
             }  # fmt: skip
     document.reported["diverted_5_percent"] = rows
@@ -245,10 +246,12 @@ def served_alone(
         whole = sum(not left.cells for left in own.values())
         rows[name] = f"{whole} of {len(own)} the reference's own, {out} stand out"
         if name in HONEST_NAMES:
-            wrong += sum(np.isfinite(c.answers) for c in diverted(library, own, own, 0.0, orders, generator, e_value))
+            wrong += sum(
+                bool(np.isfinite(c.answers)) for c in diverted(library, own, own, 0.0, orders, generator, e_value)
+            )
             counted += orders
     document.reported["whole_answers_served"] = rows
-    document.figures["honest_served_differs"] = Figure(wrong, f"of {counted} orders", "0", wrong == 0)
+    document.figures["honest_served_differs"] = Figure(wrong, f"of {counted} orders", "0", bool(wrong == 0))
 
 
 # -- honest stacks, their family left out ---------------------------------------------------------------------------
@@ -259,7 +262,11 @@ def without(library: WholeLibrary, family: str, margin: float) -> WholeLibrary:
     stacks = library.paths.stacks
     honest = [i for i in library.honest if i == library.honest[0] or stacks[i].family != family]
     return WholeLibrary(
-        library.paths, honest, library.departures, library.limit_nats, honest_chances(library.paths, honest, margin)
+        library.paths,
+        honest,
+        library.departures,
+        library.limit_nats,
+        honest_chances(library.paths, honest, library.limit_nats, margin),
     )
 
 
@@ -296,7 +303,7 @@ def left_out(
         flags = [
             own.is_outstanding(place, drawn(library, i, place, 0, generator)) for i in members for place in range(n)
         ]
-        out, counted = out + sum(flags), counted + len(flags)
+        out, counted = out + int(sum(flags)), counted + len(flags)
         said: dict[str, int] = {}
         for temperature in TEMPERATURES:
             for _ in range(orders):
@@ -310,8 +317,8 @@ def left_out(
     document.reported["honest_answers_that_stand_out"] = (
         f"{out} of {counted} at temperature 0; at most {share_upper_limit(out, counted, CONFIDENCE):.2g} (95 %), {HONEST_CHANCE} is allowed"
     )
-    document.figures["honest_left_out_differs"] = Figure(wrong, f"of {audits} simulated audits, {len(families)} families, temperatures {TEMPERATURES[0]} to {TEMPERATURES[-1]}", "0", wrong == 0)  # fmt: skip
-    document.figures["honest_answers_standing_out"] = Figure(out, f"of {counted} recorded answers, family left out", "0", out == 0, share(out, counted)[1])  # fmt: skip
+    document.figures["honest_left_out_differs"] = Figure(wrong, f"of {audits} simulated audits, {len(families)} families, temperatures {TEMPERATURES[0]} to {TEMPERATURES[-1]}", "0", bool(wrong == 0))  # fmt: skip
+    document.figures["honest_answers_standing_out"] = Figure(out, f"of {counted} recorded answers, family left out", "0", bool(out == 0), share(out, counted)[1])  # fmt: skip
 
 
 def main() -> int:

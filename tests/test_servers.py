@@ -480,7 +480,8 @@ def test_a_real_llamacpp_says_the_same_by_token_ids_as_on_the_chat_route() -> No
     with lab_backend(VARIANTS["f16"], lambda _: None) as backend:
         server = TrustedServer("llama.cpp", backend.base_url, "lab")
         ids = server.tokenize([text])[0]
-        rows = server.score([Prompt("planet", tuple(ids), (len(ids) - 2, len(ids) - 1))], [None], 20)[0]
+        # Two places that follow each other would be asked as an answer is, from what was computed for the one before.
+        rows = server.score([Prompt("planet", tuple(ids), (len(ids) - 3, len(ids) - 1))], [None], 20)[0]
         body = {
             "messages": messages,
             "logprobs": True,

@@ -134,7 +134,7 @@ def stack(name: str, departs: bool) -> StackRecord:
 
 def library(known: Paths | None = None) -> WholeLibrary:
     known = known or paths()
-    return WholeLibrary(known, [0, 1, 2, 3], [4], 0.065, honest_chances(known, [0, 1, 2, 3], 1.25))
+    return WholeLibrary(known, [0, 1, 2, 3], [4], 0.065, honest_chances(known, [0, 1, 2, 3], 0.065, 1.25))
 
 
 WHOLE = Leaving(LENGTH)
@@ -172,7 +172,7 @@ def test_one_answer_never_decides_and_two_do() -> None:
     two = evidence([SURE, *[WHOLE] * 30, SURE, *[WHOLE] * 9], [(0, WHOLE), (31, WHOLE)])
     assert two.log_cold[-1] > np.log(5000)
     assert one.log_cold[-1] < np.log(1000)
-    assert two.again == [False, False]
+    assert two.returned == [True, True]
 
 
 def test_an_honest_host_at_another_temperature_is_not_accused() -> None:
@@ -221,7 +221,9 @@ def test_what_stands_out_is_asked_for_again_first() -> None:
     [
         ([WHOLE, WHOLE], [WHOLE] * 6, True),
         ([SURE, SURE], [WHOLE] * 6, False),  # all requests are answered so
-        ([WHOLE, SURE], [WHOLE] * 5 + [TIE], True),
+        ([WHOLE, SURE], [WHOLE] * 6, False),  # one answer is none
+        ([TIE, WHOLE], [WHOLE] * 6, False),
+        ([WHOLE, WHOLE], [WHOLE] * 5 + [TIE], True),
         ([WHOLE, WHOLE], [WHOLE, TIE] * 3, False),  # nothing comes again: the prompt may be another one each time
         ([WHOLE, WHOLE], [WHOLE] * 3, False),  # too few to know
     ],
@@ -245,7 +247,7 @@ def test_no_recorded_honest_stack_gives_an_answer_that_stands_out(embedded: Whol
     stacks = embedded.paths.stacks
     for left_out in {stacks[i].family for i in embedded.honest[1:]}:
         kept = [i for i in embedded.honest if i == embedded.honest[0] or stacks[i].family != left_out]
-        allowed = honest_chances(embedded.paths, kept, 1.25) <= HONEST_CHANCE
+        allowed = honest_chances(embedded.paths, kept, embedded.limit_nats, 1.25) <= HONEST_CHANCE
         for i in embedded.honest:
             assert not any(leave is not None and allowed[leave] for leave in embedded.leaves(i)), stacks[i].id
 
@@ -254,7 +256,7 @@ def test_most_answers_of_4_bit_weights_stand_out(embedded: WholeLibrary) -> None
     told = embedded.told.mean(axis=1)
     names = [embedded.paths.stacks[i].id for i in embedded.departures]
     assert {names[i] for i in coarse(embedded)} >= {"llamacpp-q4_0", "nf4-g64", "int4-g64"}
-    assert told[coarse(embedded)].min() > 0.5
+    assert told[coarse(embedded)].min() > 0.4
     assert told[names.index("int8")] == 0
 
 

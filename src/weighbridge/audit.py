@@ -29,7 +29,7 @@ from weighbridge.judge.verdict import (
     may_be_diverted,
     useful_probes,
 )
-from weighbridge.judge.whole import wanted_repeats
+from weighbridge.judge.whole import build_whole_library, wanted_repeats
 from weighbridge.keys import Key
 from weighbridge.observe import observe
 from weighbridge.plan import check_draw, worst_case_tokens
@@ -158,7 +158,7 @@ class Auditor:
             because = _of_the_whole(await self._raw_probes(collector)) or because
             because = await self._sampling(collector) or because
             if because in FINAL_REASONS:
-                await self._whole_answers(collector)
+                because = await self._whole_answers(collector) or because
         return because
 
     async def _listing(self, collector: Collector) -> None:
@@ -224,27 +224,28 @@ class Auditor:
         )
         return None if because in (None, "decided") else because
 
-    async def _whole_answers(self, collector: Collector) -> None:
+    async def _whole_answers(self, collector: Collector) -> str | None:
         """Where there is text alone, spend what is left on whole answers, which tell whether some requests go elsewhere.
 
-        Where some stand out they are asked for again, and so are some others, which tells whether temperature 0 is served. However this ends,
-        what the audit ended for before stands.
+        Where some stand out they are asked for again, and so are some others, which tells whether temperature 0 is served. How the first ones end
+        is no reason for anything; what keeps the repeats from being asked is.
         """
         case = await _in_thread(self._case, dict(self._seen))
-        if not self._plan.whole_requests or not may_be_diverted(case):
-            return
+        known = build_whole_library(self._bundle, self._plan.policy) if self._bundle is not None else None
+        if known is None or not may_be_diverted(case):
+            return None
         asked = self._plan.whole_requests
         await self._send_until(
             collector, asked, lambda seen: "suspected" if is_diverted_if_cold(self._case(seen)) else None
         )
         case = await _in_thread(self._case, dict(self._seen))
         if case.whole is None or not is_diverted_if_cold(case):
-            return
+            return None
         wanted = {name: n for n, name in enumerate(wanted_repeats(case.whole, asked))}
         again = sorted(
             (t for r in asked if (t := again_twin(r)).request_id in wanted), key=lambda t: wanted[t.request_id]
         )
-        await self._send_until(
+        return await self._send_until(
             collector, again, lambda seen: "decided" if is_diversion_decided(self._case(seen)) else None
         )
 

@@ -28,7 +28,7 @@ from weighbridge.records import (
 from weighbridge.reference.bundle import EMBEDDED, Bundle, PoolRecord, rendered_id, unfit_to_judge
 from weighbridge.reference.contexts import LEVELS as CONTEXT_LEVELS
 from weighbridge.reference.contexts import cold_probes, contexts_of
-from weighbridge.reference.paths import MOST_REPEATS
+from weighbridge.reference.paths import MOST_REPEATS, paths_of
 from weighbridge.sampling import sampling_requests
 
 MOST_CAPABILITY_REQUESTS = 4
@@ -241,7 +241,7 @@ def _text_requests(bundle: Bundle, seed: str) -> list[PlannedRequest]:
 def _whole_requests(bundle: Bundle, seed: str) -> list[PlannedRequest]:
     """What is asked for a whole answer where no logprobs are returned, in the order of the draw."""
     recorded = bundle.pool_at("whole")
-    if recorded is None:
+    if recorded is None or paths_of(bundle) is None:
         return []
     by_id = {probe.id: probe for probe in pool_at_hand(bundle, recorded).probes}
     drawn = draw(bundle.usable_probes(recorded), seed)

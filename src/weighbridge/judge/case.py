@@ -50,6 +50,8 @@ class Case:
         The same of answers to the reference's own tokens.
     whole : WholeEvidence or None
         Of whole answers at temperature 0; None where there are logprobs, or none was asked.
+    diverted : bool
+        Whether these show that some requests are answered otherwise than the rest.
     """
 
     plan: Plan
@@ -72,6 +74,7 @@ class Case:
     texts: TextEvidence | None = None
     raw_texts: TextEvidence | None = None
     whole: WholeEvidence | None = None
+    diverted: bool = False
     text_answers: list[Observation] = field(default_factory=list)
     route: list[Observation] = field(default_factory=list)
     capability_answers: list[Observation] = field(default_factory=list)

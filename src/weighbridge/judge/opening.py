@@ -100,17 +100,17 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
 def _by_whole_answers(case: Case, library: Library, texts: TextEvidence, by_id: dict[str, Observation]) -> Case:
     """The case with whole answers, where first tokens are not other than the reference's.
 
-    What stands out and does not come again something else has answered. Else all requests may be answered so, and whether weights or prompt are why is
-    not known.
+    What stands out once and is the reference's own the second time was answered otherwise; unless the prompt is another one, which may change
+    from request to request.
     """
     known = build_whole_library(library.bundle, case.plan.policy)
     whole = weigh_whole(known, case.plan, by_id) if known is not None else None
     if whole is None:
         return case
-    case = replace(case, whole=whole, log_e_official=float(texts.log_total[-1] + whole.log_total[-1]))
-    if whole_differs_after(texts, whole, case.plan.policy) is not None and not whole.is_some:
-        return replace(case, official_differs=True, served=None)
-    return case
+    shown = whole_differs_after(texts, whole, case.plan.policy) is not None and whole.is_some
+    doubtful = case.reading is not None and _contradicted(case.reading, case.plan.policy)
+    log_e = float(texts.log_total[-1] + whole.log_total[-1])
+    return replace(case, whole=whole, diverted=shown and not doubtful, log_e_official=log_e)
 
 
 def _as_sent(library: Library, raw_answers: list[Observation]) -> list[Observation]:

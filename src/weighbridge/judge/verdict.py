@@ -34,7 +34,7 @@ from weighbridge.judge.checks.weights import (
 )
 from weighbridge.judge.faults import explain
 from weighbridge.judge.texts import TextEvidence
-from weighbridge.judge.whole import LEAST_KEPT_AGAIN
+from weighbridge.judge.whole import HONEST_CHANCE
 from weighbridge.records import (
     AXES,
     Axis,
@@ -51,7 +51,6 @@ from weighbridge.records import (
     VerdictWord,
 )
 from weighbridge.reference.bundle import OFFICIAL, StackRecord
-from weighbridge.reference.paths import MOST_REPEATS
 
 # Of the checks of one axis the first one speaks for it, unless another one finds something inconsistent.
 CHECKS: tuple[Check, ...] = (
@@ -125,12 +124,9 @@ def is_diverted_if_cold(case: Case) -> bool:
 
 
 def is_diversion_decided(case: Case) -> bool:
-    """Whether more repeats would change nothing: the evidence is there, and whatever stands out was asked for again."""
+    """Whether more repeats would change nothing: the evidence is there, and enough was asked for again."""
     texts, whole = case.texts, case.whole
-    if texts is None or whole is None or whole_differs_after(texts, whole, case.plan.policy) is None:
-        return False
-    wanted = min(int(whole.stand_out.sum()), MOST_REPEATS - LEAST_KEPT_AGAIN)
-    return len(whole.again) >= wanted and len(whole.kept_again) >= LEAST_KEPT_AGAIN
+    return texts is not None and whole is not None and whole_differs_after(texts, whole, case.plan.policy) is not None
 
 
 def useful_probes(case: Case) -> set[str] | None:
@@ -177,7 +173,7 @@ def judge(
     """
     found = {finding.check: finding for finding in (check(case) for check in CHECKS)}
     found["weights"] = _weights_that_can_be_judged(found["weights"], case, found["sampling"])
-    if found["share"].outcome == "inconsistent" and found["weights"].outcome != "inconsistent":
+    if found["share"].outcome == "inconsistent" and found["weights"].outcome != "inconsistent" and not case.diverted:
         found["share"] = found["share"].model_copy(update={"outcome": "inconclusive", "cause": None})
     findings = list(found.values())
     by_axis = {axis: _speaker([f for f in findings if f.axis == axis]) for axis in AXES}
@@ -315,6 +311,8 @@ def _word_and_cause(case: Case, by_axis: dict[Axis, Finding]) -> tuple[VerdictWo
     wrong = [by_axis[axis] for axis in AXES if axis in required and by_axis[axis].outcome == "inconsistent"]
     if wrong:
         return "differs", next((finding.cause for finding in wrong if finding.cause is not None), "none_of_these")
+    if case.diverted and "weights" in required:
+        return "differs", "partial_routing"
     if case.official_differs and case.served is None and {"prompt", "weights"} <= set(required):
         # It is one of the two, and either alone would do.
         return "differs", "none_of_these"
@@ -332,7 +330,7 @@ def _sentence(case: Case, word: VerdictWord, cause: Cause | None, by_axis: dict[
     if word == "differs":
         finding = next(
             (f for axis, f in by_axis.items() if f.outcome == "inconsistent" and axis in policy.requires),
-            by_axis["prompt"],
+            by_axis["share" if case.diverted else "prompt"],
         )
         named = {
             "precision": "at another precision", "kv_cache": "with another KV cache", "template": "under another chat template",
@@ -398,7 +396,13 @@ def _error_rate(case: Case, word: VerdictWord, cause: Cause | None) -> str:
             return (
                 f"If the endpoint were an honest stack, at whatever temperature, evidence of this size would be reached at any time in at most 1 of {policy.differs_e_value:g} draws. "
                 f"That bounds the error of the draw, not that of a kind of honest stack which the library lacks: it holds {len(families)} families ({', '.join(families)}), allows noise of "
-                f"{texts.limit_nats:.2g} nats, and another answer in {texts.flips_allowed:.1%} of the contexts whatever the reason. A single night is not a replication."
+                f"{texts.limit_nats:.2g} nats, and another answer in {texts.flips_allowed:.1%} of the contexts whatever the reason. "
+                + (
+                    f"Of whole answers it is allowed one of {1 / HONEST_CHANCE:,.0f}, which is extrapolated from how far leads moved that were recorded. "
+                    if case.diverted
+                    else ""
+                )
+                + "A single night is not a replication."
             )
         limit = case.evidence.null.limit_nats if case.evidence is not None else policy.null_scale_floor_nats
         return (

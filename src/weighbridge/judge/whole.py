@@ -7,7 +7,7 @@ at any other temperature; answers that are asked for again tell the second.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -20,8 +20,8 @@ from weighbridge.reference.bundle import Bundle, StackRecord
 from weighbridge.reference.paths import MOST_REPEATS, Paths, paths_of
 from weighbridge.stats.draws import at_temperature
 from weighbridge.stats.honest import tail_chance
-from weighbridge.stats.mixtures import SHARES, stand_out_process
-from weighbridge.stats.paths import Leaving, leaving
+from weighbridge.stats.mixtures import MIN_STANDING_OUT, SHARES, stand_out_process
+from weighbridge.stats.paths import WHITE_SPACE, Leaving, folded, leaving
 from weighbridge.stats.texts import TEMPERATURES, answer_log_likelihood, noise_temperature
 
 Floats = NDArray[np.float64]
@@ -35,6 +35,8 @@ GENERIC = (0.2, 0.4, 0.8)
 # Of the reference's own answers come again where only some requests go elsewhere; and so many have to be asked for that.
 COMES_AGAIN_SHARE = 0.75
 LEAST_KEPT_AGAIN = 4
+ALIKE_CHARACTERS = 40
+CUT_OFF = ("length", "max_tokens")  # what hosts say where an answer was as long as it was asked to be
 ENDS = ("stop", "end_turn", "eos")  # what hosts call the end of a turn
 
 
@@ -67,7 +69,7 @@ class WholeLibrary:
     def is_outstanding(self, place: int, left: Leaving) -> bool:
         """Whether every token by which an answer can have left the path is one by which no honest stack leaves it."""
         start = self.paths.rows[place].start
-        if not left.cells or _is_strange(self, left):
+        if not left.cells or not left.counts or _is_strange(self, left):
             return False
         return all(bool(self.stands_out[start + position, column]) for position, column in left.cells)
 
@@ -105,10 +107,20 @@ class WholeLibrary:
 
     @cached_property
     def told(self) -> Floats:
-        """Whether each departure's answer stands out; shape (departures, N)."""
+        """Whether each departure's answer stands out, as far as its text tells; shape (departures, N)."""
         return np.array([
-            [leave is not None and bool(self.stands_out[leave]) for leave in self.leaves(i)] for i in self.departures
+            [leave is not None and self.is_outstanding(place, self.as_text(place, *leave)) for place, leave in enumerate(self.leaves(i))]
+            for i in self.departures
         ], np.float64)  # fmt: skip
+
+    def as_text(self, place: int, row: int, column: int) -> Leaving:
+        """What the text of an answer tells that leaves the path by a token."""
+        rows, paths = self.paths.rows[place], self.paths
+        # What follows the token is taken to be nothing that the path goes on with.
+        text = b"".join(paths.tokens[rows.start : row]) + paths.listed[row][column] + b"\x01"
+        return leaving(
+            text.lstrip(WHITE_SPACE), paths.tokens[rows], paths.listed[rows], paths.own[rows].tolist(), ended=True
+        )
 
 
 def _at(cells_nats: Floats, temperature: float) -> Floats:
@@ -135,29 +147,35 @@ def _built(bundle: Bundle, policy_text: str) -> WholeLibrary | None:
     if paths is None:
         return None
     honest = [i for i, s in enumerate(paths.stacks) if s.departure is None or s.departure_class in policy.accepts]
-    if len(honest) < 2:
+    if len(honest) < 2 or paths.stacks[0].id != bundle.manifest.reference_stack:
         return None
     limit = max(null.limit_nats for null in build_library(bundle, policy, TOP_LOGPROBS).nulls)
     return WholeLibrary(
         paths=paths, honest=honest, departures=[i for i in range(len(paths.stacks)) if i not in honest], limit_nats=limit,
-        chance=honest_chances(paths, honest, policy.stack_margin),
+        chance=honest_chances(paths, honest, limit, policy.stack_margin),
     )  # fmt: skip
 
 
-def honest_chances(paths: Paths, honest: Sequence[int], margin: float) -> Floats:
+def honest_chances(paths: Paths, honest: Sequence[int], limit_nats: float, margin: float) -> Floats:
     """The chance that an honest stack leaves each answer by a token, or by any by which it is left no more easily; shape (R, K).
 
     How far leads move is taken from the noisiest recorded honest stacks, at all places of all answers, and a further stack may move them
-    `margin` times as far. Where the path's own token has been in the text before, nothing is said: some hosts punish repeating. The chances of all tokens of an answer with at least so large a lead are added up.
+    `margin` times as far, and no less than the limit on an honest stack's noise says. Where the path's own token has been in the text before, nothing is said: some hosts punish repeating. The chances of all tokens of an answer with at least so large a lead are added up.
     """
     lead = paths.lead_nats
     moved = lead[0] - lead[honest[1:]]
     second = np.where(np.arange(lead.shape[2]) == paths.own[:, None], np.inf, lead[0]).argmin(axis=1)
     at_second = np.take_along_axis(moved, second[None, :, None], axis=2)[:, :, 0]
-    noise = np.sqrt(np.mean(at_second**2, axis=1))
+    at_second = np.where(np.isfinite(at_second), at_second, np.nan)  # a stack that did not list one of the two
+    noise = np.sqrt(np.nanmean(at_second**2, axis=1))
     noisy = at_second[noise >= NOISY_SHARE * noise.max()]
+    noisy = np.abs(noisy[np.isfinite(noisy)])
+    rms = float(np.sqrt(np.mean(noisy**2)))
+    if rms == 0:
+        return np.ones(lead.shape[1:])
+    further = max(margin, float(np.sqrt(2)) * limit_nats / rms)
     # A sign says only which of the two tokens was counted from.
-    flips = tail_chance(np.abs(noisy).ravel(), np.maximum(lead[0], 0.0) / margin) / 2
+    flips = np.asarray(tail_chance(noisy, np.nan_to_num(np.maximum(lead[0], 0.0)) / further) / 2)
     flips[np.arange(len(flips)), paths.own] = 0.0
     chance = np.ones_like(flips)
     for rows in paths.rows:
@@ -185,10 +203,12 @@ class WholeEvidence:
     stand_out : bool array, shape (n,)
     kept : bool array, shape (n,)
         The reference's own, whole.
+    silent : bool array, shape (n,)
+        Cut short, or strange: these say nothing of who answered.
     strange : int
         Answers that leave the path by a token that is not listed: they count as evidence of nothing, since a gateway's own words are such.
-    again : list of bool
-        For each answer that stands out and was asked for again, whether it left the path at the same place.
+    returned : list of bool
+        For each answer that stands out and was asked for again, whether it then stayed on the path where it had left it.
     kept_again : list of bool
         The same of answers that were the reference's own.
     log_cold, log_warm : float array, shape (n + m,)
@@ -201,8 +221,9 @@ class WholeEvidence:
     asked: int
     stand_out: NDArray[np.bool_]
     kept: NDArray[np.bool_]
+    silent: NDArray[np.bool_]
     strange: int
-    again: list[bool]
+    returned: list[bool]
     kept_again: list[bool]
     log_cold: Floats
     log_warm: Floats
@@ -219,15 +240,31 @@ class WholeEvidence:
 
     @property
     def is_some(self) -> bool:
-        """Whether something else answers some requests: what stands out mostly does not come again, and the reference's own answers do.
+        """Whether some requests are answered otherwise: what stands out mostly is the reference's own the second time, and its other answers come again.
 
         What comes again is how all requests are answered; where nothing comes again the prompt may be another one each time.
         """
-        some = bool(self.again) and 2 * sum(self.again) <= len(self.again)
+        some = sum(self.returned) >= MIN_STANDING_OUT and 2 * sum(self.returned) > len(self.returned)
         steady = len(self.kept_again) >= LEAST_KEPT_AGAIN and sum(self.kept_again) >= COMES_AGAIN_SHARE * len(
             self.kept_again
         )
         return some and steady
+
+    @property
+    def is_asked_again(self) -> bool:
+        """Whether enough has been asked for again to tell some requests from all."""
+        wanted = min(int(self.stand_out.sum()), MOST_REPEATS - LEAST_KEPT_AGAIN)
+        return len(self.returned) >= wanted and len(self.kept_again) >= LEAST_KEPT_AGAIN
+
+    @cached_property
+    def gain_nats(self) -> Floats:
+        """By how much each departure explains what stands out better than the reference at any other temperature does; shape (departures,)."""
+        served = np.array([
+            _log_served(self.library, place, left)
+            for place, left, far in zip(self.places, self.leavings, self.stand_out, strict=True) if far
+        ]).sum(axis=0)  # fmt: skip
+        departures = len(self.library.departures)
+        return np.asarray(served[1 : 1 + departures] - served[1 + departures :].max())
 
     def matching(self, departure: int) -> int:
         """How many of the answers that stand out are a recorded departure's own."""
@@ -246,7 +283,10 @@ def weigh_whole(library: WholeLibrary, plan: Plan, observations: dict[str, Obser
     known = [(r, library.paths.index[r.probe.id], left) for r, left in read if left is not None]
     if not known:
         return None
-    places, leavings = [place for _, place, _ in known], [left for _, _, left in known]
+    places = [place for _, place, _ in known]
+    leavings = _each_text_once(
+        [left for _, _, left in known], [observations[r.request_id].text or "" for r, _, _ in known]
+    )
     stand_out, kept = _flags(library, places, leavings)
     repeats: list[tuple[int, Leaving]] = []
     for i in repeat_order(stand_out, kept):
@@ -255,6 +295,17 @@ def weigh_whole(library: WholeLibrary, plan: Plan, observations: dict[str, Obser
         if second is not None:
             repeats.append((i, second))
     return evidence_of(library, places, leavings, repeats, asked=len(seen))
+
+
+def _each_text_once(leavings: list[Leaving], texts: list[str]) -> list[Leaving]:
+    """One text in answer to several prompts is a gateway's: beyond the first it is held against nobody."""
+    said: set[str] = set()
+    out = []
+    for left, text in zip(leavings, texts, strict=True):
+        beginning = "".join(c for c in text if not c.isdigit())[:ALIKE_CHARACTERS]
+        out.append(replace(left, counts=False) if left.cells and beginning in said else left)
+        said |= {beginning} if left.cells else set()
+    return out
 
 
 def evidence_of(
@@ -270,7 +321,8 @@ def evidence_of(
     cold = stand_out_process(stand_out, false_positive=HONEST_CHANCE)
     return WholeEvidence(
         library=library, places=places, leavings=leavings, asked=asked, stand_out=stand_out, kept=kept,
-        strange=sum(_is_strange(library, left) for left in leavings), again=[second.cells == leavings[i].cells for i, second in repeats if stand_out[i]],
+        silent=np.array([_is_strange(library, left) or (not left.cells and not own) for left, own in zip(leavings, kept.tolist(), strict=True)], np.bool_),
+        strange=sum(_is_strange(library, left) for left in leavings), returned=[not second.cells or second.kept > leavings[i].kept for i, second in repeats if stand_out[i]],
         kept_again=[not second.cells for i, second in repeats if not stand_out[i]],
         log_cold=np.concatenate([cold, np.full(len(repeats), cold[-1])]), log_warm=_against_warm(library, places, leavings, stand_out, repeats),
     )  # fmt: skip
@@ -312,7 +364,13 @@ def read_whole(library: WholeLibrary, observation: Observation) -> Leaving | Non
     if place is None or not observation.answered or thinks or "\ufffd" in text or (not text and not ended):
         return None
     rows, paths = library.paths.rows[place], library.paths
-    return leaving(text.encode(), paths.tokens[rows], paths.listed[rows], paths.own[rows].tolist(), ended=ended)
+    tokens, listed, own = paths.tokens[rows], paths.listed[rows], paths.own[rows].tolist()
+    left = leaving(text.encode("utf-8", "replace"), tokens, listed, own, ended=ended)
+    # A gateway's own words end by themselves; and some hosts write other quotes, or take marks out.
+    if observation.finish_reason not in CUT_OFF or not library.is_outstanding(place, left):
+        return replace(left, counts=False)
+    plain = leaving(folded(text.encode("utf-8", "replace")), [folded(t) for t in tokens], [[folded(t) for t in row] for row in listed], own, ended=ended)  # fmt: skip
+    return left if library.is_outstanding(place, plain) else replace(left, counts=False)
 
 
 def _is_strange(library: WholeLibrary, left: Leaving) -> bool:
@@ -327,7 +385,11 @@ def _log_served(library: WholeLibrary, place: int, left: Leaving) -> Floats:
     before = np.concatenate([np.zeros((len(own), 1)), own], axis=1)
     if not left.cells:
         return np.asarray(before[:, left.kept])
-    return np.asarray(special.logsumexp([before[:, i] + tables[:, i, column] for i, column in left.cells], axis=0))
+    # Each outcome once: of the tokens that fit, the longest one where the texts part; so that all outcomes together have a chance of one.
+    last = left.cells[-1][0]
+    lengths = {column: len(library.paths.listed[rows.start + last][column]) if column < library.chance.shape[1] else 0 for i, column in left.cells if i == last}  # fmt: skip
+    longest = max(lengths, key=lambda column: lengths[column])
+    return np.asarray(before[:, last] + tables[:, last, longest])
 
 
 def _log_drawn(library: WholeLibrary, place: int, left: Leaving) -> Floats:
@@ -337,7 +399,9 @@ def _log_drawn(library: WholeLibrary, place: int, left: Leaving) -> Floats:
     before = np.concatenate([np.zeros((1, *own.shape[1:])), own.cumsum(axis=0)])
     if not left.cells:
         return np.asarray(before[left.kept])
-    ways = [before[i] + library.drawn(rows.start + i, (column,)) for i, column in left.cells]
+    # Whatever fits, and where the texts part also what is not listed: a null may be given too much, never too little.
+    last, unlisted = left.cells[-1][0], library.chance.shape[1]
+    ways = [before[i] + library.drawn(rows.start + i, (column,)) for i, column in {*left.cells, (last, unlisted)}]
     return np.asarray(special.logsumexp(ways, axis=0))
 
 

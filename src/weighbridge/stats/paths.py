@@ -4,6 +4,7 @@ At temperature 0 the reference's answer is one path of tokens. Another answer sh
 was is told from the text alone, as far as the text tells it. What comes after it has another beginning than what was recorded, and says nothing.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +22,13 @@ class Leaving:
     cells : tuple of tuple of int
         Position and column of every token by which it can have left; the column after the last one stands for what is not listed. None where
         it did not leave the path.
+    counts : bool
+        Whether it may be held against anybody; what a gateway may have written may not.
     """
 
     kept: int
     cells: tuple[tuple[int, int], ...] = ()
+    counts: bool = True
 
 
 def leaving(
@@ -73,3 +77,12 @@ def leaving(
     if not any(position == last for position, _ in cells):
         cells.append((last, len(listed[last])))
     return Leaving(min(position for position, _ in cells), tuple(cells))
+
+
+_PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2026": "...", "*": None, "`": None, "_": None})  # fmt: skip
+
+
+def folded(text: bytes) -> bytes:
+    """A text without what some hosts change in passing: kinds of quotes and dashes, marks of emphasis, compatibility characters."""
+    known = text.decode("utf-8", "surrogateescape").translate(_PLAIN)
+    return unicodedata.normalize("NFKC", known).encode("utf-8", "surrogateescape")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from weighbridge.judge.case import Case
-from weighbridge.judge.checks.texts import text_differs_after, whole_differs_after
+from weighbridge.judge.checks.texts import text_differs_after
 from weighbridge.judge.checks.weights import differs_after
 from weighbridge.judge.texts import TextEvidence
 from weighbridge.judge.whole import HONEST_CHANCE, WholeEvidence, coarse
@@ -71,7 +71,7 @@ def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
     if text_differs_after(texts, case.plan.policy) is not None:
         return Finding(**common, outcome="not_applicable", summary="The answers differ as a whole; by one token as text it is not told which of them something else gave")  # fmt: skip
     if case.whole is not None and case.whole.count >= case.plan.policy.min_answers and coarse(case.whole.library):
-        return _share_of_whole(case, texts, case.whole)
+        return _share_of_whole(case, case.whole)
     fourbit = [i for i, d in enumerate(texts.library.departures) if _is_coarse(texts, d)]
     if n < case.plan.policy.min_answers or not texts.is_cold or not fourbit:
         return Finding(
@@ -99,36 +99,32 @@ def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
     )  # fmt: skip
 
 
-def _share_of_whole(case: Case, texts: TextEvidence, whole: WholeEvidence) -> Finding:
+def _share_of_whole(case: Case, whole: WholeEvidence) -> Finding:
     """A whole answer says something of its own request: how many stand out, and how many of those that 4-bit weights give would."""
     n, out = whole.count, int(whole.stand_out.sum())
     least = float(whole.library.told[coarse(whole.library)][:, whole.places].mean(axis=1).min())
-    silent = whole.asked - n + whole.strange
     rates = Rates(false_positive=HONEST_CHANCE, true_positive=least)
     common: dict[str, Any] = {
         "check": "share", "axis": "share", "answers_used": n,
         "details": {"stand_out": [whole.library.paths.probe_ids[p] for p, far in zip(whole.places, whole.stand_out, strict=True) if far]},
     }  # fmt: skip
-    # An answer that did not come, or is none of a model's, may have been given by anything.
-    flags = np.concatenate([whole.stand_out, np.ones(silent, np.bool_)])
-    if whole_differs_after(texts, whole, case.plan.policy) is None:
-        _, high = share_interval(flags, rates, confidence=CONFIDENCE, tails="upper")
+    if case.diverted:
+        low, high = anytime_share_interval(whole.stand_out, rates, confidence=CONFIDENCE)
+        effect = Effect(name="share of requests that something else answered", value=out / n, low=low, high=high, unit="1", confidence=CONFIDENCE)  # fmt: skip
         return Finding(
-            **common, outcome="inconclusive",
-            effects=[Effect(name="upper limit of the share that recorded 4-bit weights answered", value=high, unit="1", confidence=CONFIDENCE)],
-            summary=f"{out} of {n} whole answers are none that an honest stack gives" + (f", {silent} more did not come or are no model's" if silent else "")
-            + f", where recorded 4-bit weights give {least:.0%} such at least: such weights answered at most {high:.0%} of requests (95 % upper limit); a fainter departure, or a rarer one, would not stand out",
-            to_resolve="Logprobs, or more requests: 299 of which none stands out bring the limit to 1 % of what is always told",
+            **common, outcome="inconsistent", cause="partial_routing", effects=[effect],
+            summary=f"{out} of {n} whole answers are none that an honest stack gives, and {sum(whole.returned)} of {len(whole.returned)} of these are the reference's own when they are asked for again: some requests are answered otherwise, by other weights or by the same ones with other sampling (between {low:.0%} and {high:.0%} if it is at most as fine as the recorded 4-bit weights, 95 %)",
         )  # fmt: skip
-    if not whole.is_some:
-        return Finding(
-            **common, outcome="not_applicable", summary="What stands out comes again, or what is the reference's own does not: the answers may differ as a whole"
-        )  # fmt: skip
-    low, high = anytime_share_interval(whole.stand_out, rates, confidence=CONFIDENCE)
-    effect = Effect(name="share of requests that something else answered", value=out / n, low=low, high=high, unit="1", confidence=CONFIDENCE)  # fmt: skip
+    # An answer that did not come, was cut short, or is none of a model's, may have been given by anything.
+    flags = np.concatenate([whole.stand_out | whole.silent, np.ones(whole.asked - n, np.bool_)])
+    _, high = share_interval(flags, rates, confidence=CONFIDENCE, tails="upper") if least > 0 else (0.0, 1.0)
+    unclear = int(flags.sum()) - out
     return Finding(
-        **common, outcome="inconsistent", cause="partial_routing", effects=[effect],
-        summary=f"{out} of {n} whole answers are none that an honest stack gives, and do not come again: something else answered some requests (between {low:.0%} and {high:.0%} if it is at most as fine as the recorded 4-bit weights, 95 %)",
+        **common, outcome="inconclusive",
+        effects=[Effect(name="upper limit of the share that recorded 4-bit weights answered", value=high, unit="1", confidence=CONFIDENCE)],
+        summary=f"{out} of {n} whole answers are none that an honest stack gives" + (f", {unclear} more did not come whole or are no model's" if unclear else "")
+        + f", where recorded 4-bit weights give {least:.0%} such at least: such weights answered at most {high:.0%} of requests (95 % upper limit); a fainter departure, or a rarer one, would not stand out",
+        to_resolve="Logprobs, or more requests: 299 of which none stands out bring the limit to 1 % of what is always told",
     )  # fmt: skip
 
 

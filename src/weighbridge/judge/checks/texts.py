@@ -33,9 +33,18 @@ def text_differs_after(texts: TextEvidence, policy: Policy) -> int | None:
 
 
 def whole_differs_after(texts: TextEvidence, whole: WholeEvidence, policy: Policy) -> int | None:
-    """After how many whole answers and repeats the honest stacks are rejected, or None; never by one answer alone."""
+    """After how many whole answers and repeats the honest stacks are rejected, or None; never by one answer alone, nor before enough was asked for again."""
     course = texts.log_total[-1] + whole.log_total
-    return diversion_shown(course, _with_repeats(whole), e_value=policy.differs_e_value)
+    shown = diversion_shown(course, _with_repeats(whole), e_value=policy.differs_e_value)
+    return shown if whole.is_asked_again else None
+
+
+def named_in_whole(whole: WholeEvidence, policy: Policy) -> StackRecord | None:
+    """The recorded departure that gives what stands out, where it does so better than the reference's second choices by the policy's level."""
+    best = int(whole.gain_nats.argmax()) if whole.gain_nats.size else None
+    if best is None or whole.gain_nats[best] < np.log(policy.differs_e_value):
+        return None
+    return whole.library.paths.stacks[whole.library.departures[best]]
 
 
 def is_suspected(texts: TextEvidence, whole: WholeEvidence, policy: Policy) -> bool:
@@ -116,6 +125,7 @@ def check_texts(case: Case) -> Finding:
     texts, policy = case.texts, case.plan.policy
     assert texts is not None
     n, library = texts.answers, texts.library
+    log_e = float(texts.log_total[-1]) + (float(case.whole.log_total[-1]) if case.whole is not None else 0.0)
     differing = int(texts.flips.sum())
     effects = []
     if texts.cold.count:
@@ -126,7 +136,7 @@ def check_texts(case: Case) -> Finding:
     # The same departure may be recorded several times: it is excluded where each of its recordings is.
     left = {name for name, done in zip(names, excluded_by_text(texts, policy), strict=True) if name and not done}
     common: dict[str, Any] = {
-        "check": "weights", "axis": "weights", "answers_used": n, "effects": effects, "log10_e_value": float(texts.log_total[-1]) / LOG10,
+        "check": "weights", "axis": "weights", "answers_used": n, "effects": effects, "log10_e_value": log_e / LOG10,
         "excluded": sorted({name for name in names if name} - left), "not_excluded": sorted(left), "details": _details(texts) | (_whole_details(texts, case.whole) if case.whole is not None else {}),
     }  # fmt: skip
     level = "L4" if texts.is_cold else "L5"
@@ -137,7 +147,7 @@ def check_texts(case: Case) -> Finding:
         # Of what differs there is nothing left to exclude.
         return _differs(texts, policy, common | {"excluded": [], "not_excluded": []}, basis, differing)
     if case.whole is not None and whole_differs_after(texts, case.whole, policy) is not None:
-        return _whole_differs(case.whole, common | {"excluded": [], "not_excluded": []})
+        return _whole_differs(case, case.whole, common | {"excluded": [], "not_excluded": []})
     if is_consistent_text(texts, case.plan):
         what = (
             f"{texts.cold.count - differing} of {texts.cold.count} are the reference's at temperature 0, where weights of {_finest(texts, case.plan)} would often give another one"
@@ -182,24 +192,28 @@ def _differs(texts: TextEvidence, policy: Policy, common: dict[str, Any], basis:
     )  # fmt: skip
 
 
-def _whole_differs(whole: WholeEvidence, common: dict[str, Any]) -> Finding:
+def _whole_differs(case: Case, whole: WholeEvidence, common: dict[str, Any]) -> Finding:
     """First tokens are as the reference's, and some whole answers are none that an honest stack gives."""
-    out, repeated = int(whole.stand_out.sum()), len(whole.again)
-    what = f"No logprobs are returned, so whole answers were compared (level L4): {out} of {whole.count} leave the reference's own where it is sure of itself, which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}"
-    if not whole.is_some:
-        again = f"{sum(whole.again)} of {repeated} that were asked for again come again, and {sum(whole.kept_again)} of {len(whole.kept_again)} of the reference's own"
-        return Finding(
-            **common, outcome="inconsistent", cause="none_of_these", summary=f"{what}; {again}, so all requests may be answered so"
-        )  # fmt: skip
-    named = max(whole.library.departures, key=whole.matching, default=None)
-    matching = (
-        ""
-        if named is None or whole.matching(named) < 2
-        else f"; {whole.matching(named)} are what {whole.library.paths.stacks[named].description} gives"
+    out, asked, again = int(whole.stand_out.sum()), len(whole.returned), len(whole.kept_again)
+    what = (
+        f"No logprobs are returned, so whole answers were compared (level L4): {out} of {whole.count} leave the reference's own where it is sure of itself, which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}; "
+        f"asked for again {sum(whole.returned)} of {asked} are the reference's own, and so are {sum(whole.kept_again)} of {again} that were before"
     )
+    if not case.diverted:
+        return Finding(
+            **common, outcome="inconclusive",
+            summary=f"{what}; whether a departure of all requests is why, another prompt, texts that are changed, or where a prompt is sent, is not told",
+            to_resolve="Logprobs, or raw completions",
+        )  # fmt: skip
+    named = named_in_whole(whole, case.plan.policy)
+    if named is None:
+        return Finding(
+            **common, outcome="inconclusive", summary=f"{what}; other weights answered these, or the same ones with other sampling",
+            to_resolve="Logprobs, or more requests",
+        )  # fmt: skip
     return Finding(
-        **common, outcome="inconsistent", cause="partial_routing",
-        summary=f"{what}; of {repeated} that were asked for again {repeated - sum(whole.again)} did not come again{matching}",
+        **common, outcome="inconsistent", cause="partial_routing", family=named.departure_class,
+        summary=f"{what}; they are those of {named.description}, or of what gives the same",
     )  # fmt: skip
 
 
@@ -264,6 +278,6 @@ def _whole_details(texts: TextEvidence, whole: WholeEvidence) -> dict[str, Any]:
     course = texts.log_total[-1] + whole.log_total
     return {
         "whole_answers": whole.count, "whole_kept": int(whole.kept.sum()), "whole_stand_out": int(whole.stand_out.sum()), "whole_strange": whole.strange,
-        "whole_again": [int(sum(whole.again)), len(whole.again)], "whole_honest_chance": HONEST_CHANCE,
+        "whole_returned": [int(sum(whole.returned)), len(whole.returned)], "whole_honest_chance": HONEST_CHANCE,
         "whole_course": [{"log10_e": float(e) / LOG10, "flips": int(n)} for e, n in zip(course, _with_repeats(whole).cumsum(), strict=True)],
     }  # fmt: skip
