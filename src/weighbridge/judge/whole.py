@@ -63,7 +63,15 @@ class WholeLibrary:
 
     @cached_property
     def stands_out(self) -> NDArray[np.bool_]:
-        """Whether an answer that leaves the path by this token stands out; shape (R, K)."""
+        """Whether an answer that leaves the path by this token stands out; shape (R, K).
+
+        Where the path's own token has been in the text before, none does: some hosts punish repeating.
+        """
+        return np.asarray(self.is_sure & ~self.paths.repeats[:, None])
+
+    @cached_property
+    def is_sure(self) -> NDArray[np.bool_]:
+        """Whether honest stacks' noise hardly ever makes this token the likeliest; shape (R, K)."""
         return np.asarray(self.chance <= HONEST_CHANCE)
 
     def is_outstanding(self, place: int, left: Leaving) -> bool:
@@ -71,7 +79,12 @@ class WholeLibrary:
         start = self.paths.rows[place].start
         if not left.cells or not left.counts or _is_strange(self, left):
             return False
-        return all(bool(self.stands_out[start + position, column]) for position, column in left.cells)
+        last = left.cells[-1][0]
+        # Before the texts part, a token that is begun otherwise has to go on with the very same text: a penalty on repeating does not do that.
+        return all(
+            bool((self.stands_out if position == last else self.is_sure)[start + position, column])
+            for position, column in left.cells
+        )
 
     @cached_property
     def drawn_nats(self) -> NDArray[np.float32]:
@@ -160,7 +173,7 @@ def honest_chances(paths: Paths, honest: Sequence[int], limit_nats: float, margi
     """The chance that an honest stack leaves each answer by a token, or by any by which it is left no more easily; shape (R, K).
 
     How far leads move is taken from the noisiest recorded honest stacks, at all places of all answers, and a further stack may move them
-    `margin` times as far, and no less than the limit on an honest stack's noise says. Where the path's own token has been in the text before, nothing is said: some hosts punish repeating. The chances of all tokens of an answer with at least so large a lead are added up.
+    `margin` times as far, and no less than the limit on an honest stack's noise says. The chances of all tokens of an answer with at least so large a lead are added up.
     """
     lead = paths.lead_nats
     moved = lead[0] - lead[honest[1:]]
@@ -185,7 +198,6 @@ def honest_chances(paths: Paths, honest: Sequence[int], limit_nats: float, margi
         summed[order] = own_flips[order].cumsum()
         chance[rows] = summed.reshape(flips[rows].shape)
     chance[np.arange(len(flips)), paths.own] = 1.0
-    chance[paths.repeats] = 1.0
     return np.asarray(np.minimum(chance, 1.0))
 
 

@@ -79,10 +79,10 @@ def leaving(
     return Leaving(min(position for position, _ in cells), tuple(cells))
 
 
-_PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2026": "...", "*": None, "`": None, "_": None})  # fmt: skip
+_PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2026": "..."})  # fmt: skip
 
 
 def folded(text: bytes) -> bytes:
-    """A text without what some hosts change in passing: kinds of quotes and dashes, marks of emphasis, compatibility characters."""
+    """A text without what some hosts change in passing: kinds of quotes and dashes, compatibility characters."""
     known = text.decode("utf-8", "surrogateescape").translate(_PLAIN)
     return unicodedata.normalize("NFKC", known).encode("utf-8", "surrogateescape")
