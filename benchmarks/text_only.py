@@ -48,6 +48,7 @@ from weighbridge.judge.checks.texts import exact_variant, is_consistent_text, te
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.texts import (
     NOT_COLD,
+    NOT_COLD_SHARE,
     TextEvidence,
     TextLibrary,
     build_text_library,
@@ -625,6 +626,11 @@ def left_out(document: Document, bundle: Bundle, policy: Policy, draws: int, gen
     }  # fmt: skip
 
 
+def _is_cold(wavering: int, asked: int) -> bool:
+    """As `TextEvidence.is_cold` has it."""
+    return wavering < NOT_COLD or wavering <= NOT_COLD_SHARE * asked
+
+
 def _honest_audit(
     library: TextLibrary,
     bundle: Bundle,
@@ -653,7 +659,7 @@ def _honest_audit(
     cold: list[PlannedRequest] = []
     wavering = 0
     for place in generator.permutation(everything.contexts.recorded[own].nonzero()[0]).tolist():
-        if place not in library.cold or len(cold) >= MOST_ANSWERS or wavering >= NOT_COLD:
+        if place not in library.cold or len(cold) >= MOST_ANSWERS or not _is_cold(wavering, len(cold)):
             continue
         request = _request(f"text-{len(cold):04d}", contexts.probe_ids[place])
         cold.append(request)
@@ -664,7 +670,7 @@ def _honest_audit(
     pool = bundle.pool_at("L3")
     assert pool is not None
     places = [contexts.index[probe_id] for probe_id in bundle.usable_probes(pool) if library.is_drawn(probe_id)]
-    while wavering >= NOT_COLD and len(cold) + len(drawn) < MOST_ANSWERS:
+    while not _is_cold(wavering, len(cold)) and len(cold) + len(drawn) < MOST_ANSWERS:
         place = int(generator.permutation(places)[0])
         places.remove(place)
         drawn.append(_request(f"probe-{len(drawn):04d}", contexts.probe_ids[place]))

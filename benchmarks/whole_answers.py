@@ -141,26 +141,27 @@ class Course:
 
     answers: float
     requests: float
-    is_some: bool
     stand_out: Flags
 
 
 def audit(library: WholeLibrary, order: list[int], answer: Callable[[int], Leaving], e_value: float) -> Course:
-    """One order of the pool: first answers until temperature 0 is rejected, then repeats; `answer` draws what a request gets."""
+    """One order of the pool, as an audit goes: first answers until temperature 0 is rejected, then repeats; if these do not settle it, all first answers."""
     leavings = [answer(place) for place in order]
     out = np.array([library.is_outstanding(p, left) for p, left in zip(order, leavings, strict=True)], np.bool_)
     kept = float(np.log(KEPT_FOR_DRAWS))
     cold = kept + stand_out_process(out, false_positive=HONEST_CHANCE)
-    n = diversion_shown(cold, out, e_value=e_value)
-    if n is None:
-        return Course(np.inf, np.inf, is_some=False, stand_out=out)
-    whole = np.array([not left.cells for left in leavings[:n]])
-    repeats = [(i, answer(order[i])) for i in repeat_order(out[:n], whole)]
-    evidence = evidence_of(library, order[:n], leavings[:n], repeats, asked=n)
-    course = kept + evidence.log_total
-    shown = diversion_shown(course, np.concatenate([out[:n], np.zeros(len(repeats), np.bool_)]), e_value=e_value)
-    shown = shown if evidence.is_asked_again else None
-    return Course(n if shown else np.inf, shown or np.inf, evidence.is_some, out)
+    first = diversion_shown(cold, out, e_value=e_value)
+    repeats: dict[int, Leaving] = {}
+    for n in () if first is None else (first, len(order)):
+        whole = np.array([not left.cells for left in leavings[:n]])
+        repeats = {
+            i: repeats[i] if i in repeats else answer(order[i]) for i in [*repeats, *repeat_order(out[:n], whole)]
+        }
+        evidence = evidence_of(library, order[:n], leavings[:n], [*repeats.items()], asked=n)
+        shown = evidence.is_asked_again and kept + evidence.log_total[-1] >= np.log(e_value)
+        if shown and evidence.is_some:
+            return Course(n, n + len(repeats), stand_out=out)
+    return Course(np.inf, np.inf, stand_out=out)
 
 
 def diverted(
@@ -205,7 +206,7 @@ def found_by(
             rows[f"{other} behind {honest}"] = {
                 "answers_median_p90": [quantile([c.answers for c in courses], q) for q in (0.5, 0.9)],
                 "requests_median": quantile([c.requests for c in courses], 0.5),
-                "found": len(found) / len(courses), "called_routing": sum(c.is_some for c in found) / max(len(found), 1),
+                "found": len(found) / len(courses),
                 "stand_out": float(told), "all_requests_answers_median": quantile([c.answers for c in diverted(library, answers[honest], answers[other], 1.0, 20, generator, e_value)], 0.5),
             }  # fmt: skip
     document.reported["diverted_5_percent"] = rows

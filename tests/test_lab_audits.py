@@ -250,17 +250,24 @@ def test_doctor_tells_what_logprobs_mean(lies: Lies, regime: str, backend: Backe
 
 
 @pytest.mark.usefixtures("no_sampling")
-@pytest.mark.parametrize(("each", "cause", "share"), [(True, "partial_routing", "inconsistent"), (False, "none_of_these", "not_applicable")])  # fmt: skip
-def test_by_whole_answers_some_requests_elsewhere_are_found(
-    each: bool, cause: str, share: str, backend: Backend, tmp_path: Path
-) -> None:
-    # First tokens alone may be enough where the same prompt always goes the same way; the share is too small for them here.
-    lies = Lies(max_top_logprobs=0, divert_share=0.1, divert_each=each)
+def test_by_whole_answers_some_requests_elsewhere_are_found(backend: Backend, tmp_path: Path) -> None:
+    lies = Lies(max_top_logprobs=0, divert_share=0.15, divert_each=True)
     with Front(backend("f16").port, lies, diverted_port=backend("q4_0").port) as front:
-        _, verdict = audit(front, tmp_path / "run", "--max-requests", "170")
-    assert (verdict.verdict, verdict.cause, verdict.level) == ("differs", cause, "L4")
-    assert verdict.axes["share"] == share
-    assert verdict.requests_sent < 170
+        _, verdict = audit(front, tmp_path / "run", "--max-requests", "240")
+    assert (verdict.verdict, verdict.cause) == ("differs", "partial_routing")
+    assert verdict.axes["share"] == "inconsistent"
+    share = next(
+        e
+        for f in json.loads((tmp_path / "run" / "findings.json").read_text())["findings"]
+        if f["check"] == "share"
+        for e in f["effects"]
+    )
+    assert share["low"] > 0
+    assert share["low"] <= 0.15 <= share["high"]
+    # The same files give the same words.
+    replayed = CliRunner().invoke(cli, ["replay", str(tmp_path / "run")], standalone_mode=False)
+    assert replayed.exception is None
+    assert Verdict.model_validate_json((tmp_path / "run" / "verdict.json").read_bytes()) == verdict
 
 
 @pytest.mark.usefixtures("weights_only")

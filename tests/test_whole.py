@@ -15,14 +15,17 @@ from weighbridge.judge.whole import (
     LEAST_KEPT_AGAIN,
     WholeEvidence,
     WholeLibrary,
+    _each_text_once,
+    _log_served,
     build_whole_library,
     coarse,
     evidence_of,
     honest_chances,
+    read_whole,
     repeat_order,
 )
 from weighbridge.plan import check_draw, make_plan
-from weighbridge.records import Endpoint
+from weighbridge.records import Endpoint, Observation
 from weighbridge.reference.bundle import Precision, StackRecord, load_bundle
 from weighbridge.reference.paths import MOST_REPEATS, Paths
 from weighbridge.stats.draws import cell_logprobs
@@ -283,3 +286,106 @@ def test_power_says_after_how_many_whole_answers_a_share_is_found(embedded: Whol
     assert diversions(embedded, load_policy("strict"), draws=20) == diversions(
         embedded, load_policy("strict"), draws=20
     )
+
+
+def answered(embedded: WholeLibrary, place: int, text: str, finish: str | None = "length") -> Leaving | None:
+    return read_whole(
+        embedded,
+        Observation(
+            request_id="whole-0001", probe_id=embedded.paths.probe_ids[place], answered=True, attempts=1, latency_s=0.0, text=text, finish_reason=finish
+        ),
+    )  # fmt: skip
+
+
+def own_text(embedded: WholeLibrary, place: int) -> str:
+    return b"".join(embedded.paths.tokens[embedded.paths.rows[place]]).decode()
+
+
+CANNED = (
+    "I'm sorry, but I can't assist with that request.", "It looks like something went wrong.", "An error occurred while processing your request.",
+    "The model is overloaded. Please try again later.", "Too many requests", "Error", "",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", CANNED)
+def test_what_a_gateway_writes_stands_out_nowhere(text: str, embedded: WholeLibrary) -> None:
+    for place in range(len(embedded.paths.probe_ids)):
+        left = answered(embedded, place, text, "stop")
+        assert left is None or not embedded.is_outstanding(place, left)
+
+
+def test_an_answer_that_is_told_stands_out_as_text(embedded: WholeLibrary) -> None:
+    q4_0 = next(i for i in embedded.departures if embedded.paths.stacks[i].id == "llamacpp-q4_0")
+    told = embedded.told[embedded.departures.index(q4_0)]
+    shown = 0
+    for place, leave in enumerate(embedded.leaves(q4_0)):
+        if leave is None or not told[place]:
+            continue
+        rows = embedded.paths.rows[place]
+        text = (
+            b"".join(embedded.paths.tokens[rows.start : leave[0]])
+            + embedded.paths.listed[leave[0]][leave[1]]
+            + "\N{SNOWMAN}".encode()
+        )
+        left = answered(embedded, place, text.decode("utf-8", "ignore"))
+        assert left is not None
+        shown += embedded.is_outstanding(place, left)
+    assert shown >= 0.9 * told.sum()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("'", "\N{RIGHT SINGLE QUOTATION MARK}"),
+        ("...", "\N{HORIZONTAL ELLIPSIS}"),
+        (" ", "\N{NO-BREAK SPACE}"),
+        ("-", "\N{EN DASH}"),
+    ],
+)
+def test_other_quotes_and_dashes_do_not_stand_out(old: str, new: str, embedded: WholeLibrary) -> None:
+    for place in range(len(embedded.paths.probe_ids)):
+        left = answered(embedded, place, own_text(embedded, place).replace(old, new))
+        assert left is not None
+        assert not embedded.is_outstanding(place, left)
+
+
+@pytest.mark.parametrize(
+    "text", ["\ud800", "\x00" * 50, "x" * 100_000, "\N{IDEOGRAPHIC SPACE}", "\N{COMBINING ACUTE ACCENT}"]
+)
+@pytest.mark.parametrize("finish", ["length", "stop", None])
+def test_odd_texts_are_read_without_harm(text: str, finish: str | None, embedded: WholeLibrary) -> None:
+    for place in range(0, len(embedded.paths.probe_ids), 9):
+        left = answered(embedded, place, text, finish)
+        assert left is None or isinstance(embedded.is_outstanding(place, left), bool)
+
+
+def test_quiet_stacks_alone_do_not_make_a_low_threshold(embedded: WholeLibrary) -> None:
+    stacks = embedded.paths.stacks
+    quiet = [0, next(i for i, s in enumerate(stacks) if s.id == "llamacpp-f16")]
+    allowed = honest_chances(embedded.paths, quiet, embedded.limit_nats, 1.25) <= HONEST_CHANCE
+    for i in embedded.honest:
+        assert not any(leave is not None and allowed[leave] for leave in embedded.leaves(i)), stacks[i].id
+    nothing_moves = honest_chances(embedded.paths, [0, 0], embedded.limit_nats, 1.25)
+    assert (nothing_moves == 1).all()
+
+
+def test_a_stack_that_lists_too_few_tokens_breaks_nothing(embedded: WholeLibrary) -> None:
+    table = embedded.paths.tokens_nats.copy()
+    table[embedded.honest[3], ::7, 1] = -np.inf
+    known = dataclasses.replace(embedded.paths, tokens_nats=table)
+    assert np.isfinite(honest_chances(known, embedded.honest, embedded.limit_nats, 1.25)).all()
+
+
+def test_the_numerator_is_no_more_than_a_probability(embedded: WholeLibrary) -> None:
+    # Of every answer that is left by a listed or an unlisted token, or not at all: together at most one.
+    for place in (0, 17, 42):
+        rows = embedded.paths.rows[place]
+        ways = [Leaving(16)] + [
+            Leaving(i, ((i, column),)) for i in range(16) for column in range(9) if column != embedded.paths.own[rows.start + i]
+        ]  # fmt: skip
+        assert np.exp([_log_served(embedded, place, way) for way in ways]).sum(axis=0) == pytest.approx(1, abs=1e-6)
+
+
+def test_one_text_for_several_prompts_is_held_against_nobody_but_once() -> None:
+    once = _each_text_once([SURE, WHOLE, SURE, SURE], ["busy, try in 5 s", "fine", "busy, try in 7 s", "another"])
+    assert [left.counts for left in once] == [True, True, False, True]

@@ -235,19 +235,21 @@ class Auditor:
         if known is None or not may_be_diverted(case):
             return None
         asked = self._plan.whole_requests
-        await self._send_until(
-            collector, asked, lambda seen: "suspected" if is_diverted_if_cold(self._case(seen)) else None
-        )
-        case = await _in_thread(self._case, dict(self._seen))
-        if case.whole is None or not is_diverted_if_cold(case):
-            return None
-        wanted = {name: n for n, name in enumerate(wanted_repeats(case.whole, asked))}
-        again = sorted(
-            (t for r in asked if (t := again_twin(r)).request_id in wanted), key=lambda t: wanted[t.request_id]
-        )
-        return await self._send_until(
-            collector, again, lambda seen: "decided" if is_diversion_decided(self._case(seen)) else None
-        )
+        because = None
+        # As soon as some stand out so that no honest stack at temperature 0 is left, and, where their repeats do not settle it, after all of them.
+        for stop in (is_diverted_if_cold, is_diversion_decided):
+            await self._send_until(collector, asked, self._until(stop))
+            case = await _in_thread(self._case, dict(self._seen))
+            if case.whole is None or case.diverted or not is_diverted_if_cold(case):
+                break
+            wanted = {name: n for n, name in enumerate(wanted_repeats(case.whole, asked))}
+            again = [twin for request in asked if (twin := again_twin(request)).request_id in wanted]
+            again.sort(key=lambda twin: wanted[twin.request_id])
+            because = await self._send_until(collector, again, self._until(is_diversion_decided))
+        return because
+
+    def _until(self, settled: Callable[[Case], bool]) -> Callable[[Seen], str | None]:
+        return lambda seen: "decided" if settled(self._case(seen)) else None
 
     async def _sampling(self, collector: Collector) -> str | None:
         efforts = {f"sampling-{name}" for name in EFFORTS}

@@ -9,7 +9,7 @@ from weighbridge.capability import DRAWN, TEXT, WHOLE
 from weighbridge.judge.answers import Residuals, line_up
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.prompt import explain_counts
-from weighbridge.judge.checks.texts import exact_variant, text_differs_after, text_explanation, whole_differs_after
+from weighbridge.judge.checks.texts import exact_variant, text_differs_after, text_explanation, whole_differs
 from weighbridge.judge.checks.weights import differs_after, is_mixed, mean_cosines, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
 from weighbridge.judge.renderings import PromptReading, has_system, read_prompt
@@ -107,7 +107,7 @@ def _by_whole_answers(case: Case, library: Library, texts: TextEvidence, by_id: 
     whole = weigh_whole(known, case.plan, by_id) if known is not None else None
     if whole is None:
         return case
-    shown = whole_differs_after(texts, whole, case.plan.policy) is not None and whole.is_some
+    shown = whole_differs(texts, whole, case.plan.policy) and whole.is_some
     doubtful = case.reading is not None and _contradicted(case.reading, case.plan.policy)
     log_e = float(texts.log_total[-1] + whole.log_total[-1])
     return replace(case, whole=whole, diverted=shown and not doubtful, log_e_official=log_e)

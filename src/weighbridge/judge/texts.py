@@ -37,8 +37,9 @@ KEPT_FOR_DRAWS = 0.2
 CONFIDENCE = 0.95
 # At temperature 1 what is held back would make the rest no draw like any other: contexts with more of it are left out.
 MOST_HELD_BACK = 0.01
-# Answers that did not come again: from so many on, temperature 0 is not what is served.
+# Answers that did not come again: from so many on, and so large a share, temperature 0 is not what is served. Fewer may have gone elsewhere.
 NOT_COLD = 2
+NOT_COLD_SHARE = 0.15
 # Of the requests that are left for texts: a departure that is expected to take more answers than that is not waited for.
 WAITED_FOR = 0.6
 # A departure that every engine rounds anew may be this much smaller on another one.
@@ -328,7 +329,7 @@ class TextEvidence:
     @property
     def is_cold(self) -> bool:
         """Whether temperature 0 is served, as far as was seen."""
-        return self.wavering < NOT_COLD
+        return self.wavering < NOT_COLD or self.wavering <= NOT_COLD_SHARE * self.cold.count
 
 
 def weigh_texts(library: TextLibrary, plan: Plan, observations: dict[str, Observation]) -> TextEvidence | None:

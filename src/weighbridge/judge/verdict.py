@@ -22,7 +22,6 @@ from weighbridge.judge.checks.texts import (
     is_suspected,
     text_differs_after,
     text_explanation,
-    whole_differs_after,
 )
 from weighbridge.judge.checks.weights import (
     answers_for_consistent,
@@ -59,8 +58,6 @@ CHECKS: tuple[Check, ...] = (
 )  # fmt: skip
 # Answers after which every recorded rendering has had its chance.
 ENOUGH_FOR_A_PROMPT = 16
-# Of first tokens may be another one when they are asked for again, before whole answers are no longer worth their price.
-WAVERING_SHARE = 0.25
 
 
 def is_decided(case: Case) -> bool:
@@ -107,15 +104,11 @@ def is_decided_raw(case: Case) -> bool:
 
 
 def may_be_diverted(case: Case) -> bool:
-    """Whether whole answers may tell more: first tokens are not other than the reference's, and most of them came again.
-
-    Where some requests go elsewhere some answers do not; at another temperature most do not that are in doubt at all.
-    """
+    """Whether whole answers may tell more: first tokens at temperature 0 are not other than the reference's."""
     texts, policy = case.texts, case.plan.policy
-    if texts is None or texts.cold.count < policy.min_answers or texts.alike >= ALIKE_SHARE:
+    if texts is None or not texts.is_cold or texts.answers < policy.min_answers or texts.alike >= ALIKE_SHARE:
         return False
-    mostly_cold = texts.wavering <= WAVERING_SHARE * texts.cold.count
-    return mostly_cold and not case.official_differs and case.served == OFFICIAL
+    return not case.official_differs and case.served == OFFICIAL
 
 
 def is_diverted_if_cold(case: Case) -> bool:
@@ -124,9 +117,8 @@ def is_diverted_if_cold(case: Case) -> bool:
 
 
 def is_diversion_decided(case: Case) -> bool:
-    """Whether more repeats would change nothing: the evidence is there, and enough was asked for again."""
-    texts, whole = case.texts, case.whole
-    return texts is not None and whole is not None and whole_differs_after(texts, whole, case.plan.policy) is not None
+    """Whether it is shown that some requests are answered otherwise."""
+    return case.diverted
 
 
 def useful_probes(case: Case) -> set[str] | None:

@@ -301,7 +301,7 @@ def weigh_whole(library: WholeLibrary, plan: Plan, observations: dict[str, Obser
     )
     stand_out, kept = _flags(library, places, leavings)
     repeats: list[tuple[int, Leaving]] = []
-    for i in repeat_order(stand_out, kept):
+    for i in [*np.flatnonzero(stand_out).tolist(), *np.flatnonzero(kept).tolist()]:
         observation = observations.get(again_twin(known[i][0]).request_id)
         second = read_whole(library, observation) if observation is not None else None
         if second is not None:

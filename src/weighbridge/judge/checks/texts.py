@@ -12,7 +12,7 @@ from weighbridge.judge.whole import HONEST_CHANCE, WholeEvidence
 from weighbridge.records import Cause, Effect, Finding, Plan, Policy
 from weighbridge.reference.bundle import StackRecord
 from weighbridge.stats.evidence import first_crossing
-from weighbridge.stats.mixtures import diversion_shown
+from weighbridge.stats.mixtures import MIN_STANDING_OUT
 from weighbridge.stats.residuals import share_upper_limit
 
 CONFIDENCE = 0.95
@@ -32,11 +32,11 @@ def text_differs_after(texts: TextEvidence, policy: Policy) -> int | None:
     return None if reached is None else max(reached, policy.min_answers)
 
 
-def whole_differs_after(texts: TextEvidence, whole: WholeEvidence, policy: Policy) -> int | None:
-    """After how many whole answers and repeats the honest stacks are rejected, or None; never by one answer alone, nor before enough was asked for again."""
-    course = texts.log_total[-1] + whole.log_total
-    shown = diversion_shown(course, _with_repeats(whole), e_value=policy.differs_e_value)
-    return shown if whole.is_asked_again else None
+def whole_differs(texts: TextEvidence, whole: WholeEvidence, policy: Policy) -> bool:
+    """Whether whole answers and their repeats reject the honest stacks, as it stands; never by one answer alone, nor before enough was asked for again."""
+    log_e = texts.log_total[-1] + whole.log_total[-1]
+    enough = whole.is_asked_again and int(whole.stand_out.sum()) >= MIN_STANDING_OUT
+    return enough and bool(log_e >= np.log(policy.differs_e_value))
 
 
 def named_in_whole(whole: WholeEvidence, policy: Policy) -> StackRecord | None:
@@ -49,8 +49,8 @@ def named_in_whole(whole: WholeEvidence, policy: Policy) -> StackRecord | None:
 
 def is_suspected(texts: TextEvidence, whole: WholeEvidence, policy: Policy) -> bool:
     """Whether an honest stack at temperature 0 is rejected, so that repeats are worth asking for: they tell another temperature."""
-    course = texts.log_total[-1] + whole.log_cold
-    return diversion_shown(course, _with_repeats(whole), e_value=policy.differs_e_value) is not None
+    log_e = texts.log_total[-1] + whole.log_cold[-1]
+    return int(whole.stand_out.sum()) >= MIN_STANDING_OUT and bool(log_e >= np.log(policy.differs_e_value))
 
 
 def _with_repeats(whole: WholeEvidence) -> NDArray[np.bool_]:
@@ -146,7 +146,7 @@ def check_texts(case: Case) -> Finding:
     if text_differs_after(texts, policy) is not None:
         # Of what differs there is nothing left to exclude.
         return _differs(texts, policy, common | {"excluded": [], "not_excluded": []}, basis, differing)
-    if case.whole is not None and whole_differs_after(texts, case.whole, policy) is not None:
+    if case.whole is not None and whole_differs(texts, case.whole, policy):
         return _whole_differs(case, case.whole, common | {"excluded": [], "not_excluded": []})
     if is_consistent_text(texts, case.plan):
         what = (
