@@ -149,7 +149,8 @@ def main() -> None:
         own=np.zeros(len(own), np.int64), repeats=np.array(repeats), stacks=[],
         tokens_nats=np.stack([cell_logprobs(one) for one in (reference, *(nats[name] for name in HONEST))]),
     )  # fmt: skip
-    out = honest_chances(paths, range(1 + len(HONEST)), LIMIT_NATS, MARGIN) <= HONEST_CHANCE
+    sure_of = honest_chances(paths, range(1 + len(HONEST)), LIMIT_NATS, MARGIN) <= HONEST_CHANCE
+    out = sure_of & ~paths.repeats[:, None]
     told = {name: stands_out(nats[name], out) & sure for name in SEEN}
     for name in HONEST:
         print(f"{name}: {stands_out(nats[name], out).sum()} of {len(fits)} stand out", flush=True)
