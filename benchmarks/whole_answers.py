@@ -377,11 +377,18 @@ def table(document: Document) -> str:
     for name, row in document.reported["diverted_5_percent"].items():
         pair = " / ".join(_shown(n) for n in row["answers_median_p90"])
         lines.append(f"| {name} | {pair} | {_shown(row['requests_median'])} | {row['found']:.0%} | {row['stand_out']:.0%} | {_shown(row['all_requests_answers_median'])} |")  # fmt: skip
-    for key, title in (
-        ("share_intervals_served", f"Intervals of the share after the whole pool, {TARGETS[0]} behind {HONEST_NAMES[0]}"), ("whole_answers_served", "Served, everything by one"),
-        ("honest_families_left_out", "Honest families left out of the library, simulated"),
-    ):  # fmt: skip
-        lines += ["", f"{title}:", "", *(f"- {name}: {value}" for name, value in document.reported[key].items())]
+    lines += ["", f"Intervals of the share after the whole pool, {TARGETS[0]} behind {HONEST_NAMES[0]}:", ""]
+    lines += [
+        f"- {name}: coverage {row['coverage']:.3f}, mean width {row['mean_width']:.3f}"
+        for name, row in document.reported["share_intervals_served"].items()
+    ]
+    lines += ["", "Served, everything by one:", ""]
+    lines += [f"- {name}: {words}" for name, words in document.reported["whole_answers_served"].items()]
+    lines += ["", "Honest families left out of the library, simulated:", ""]
+    lines += [
+        f"- {name} ({row['stacks']}): {row['stand_out_at_0']} stand out at temperature 0; said to differ at {', '.join(f'{t}: {n}' for t, n in row['said_to_differ'].items())}"
+        for name, row in document.reported["honest_families_left_out"].items()
+    ]
     lines += ["", f"Honest answers that stand out: {document.reported['honest_answers_that_stand_out']}. Asked again: {document.reported['asked again at temperature 0']}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
