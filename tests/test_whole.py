@@ -389,3 +389,10 @@ def test_the_numerator_is_no_more_than_a_probability(embedded: WholeLibrary) -> 
 def test_one_text_for_several_prompts_is_held_against_nobody_but_once() -> None:
     once = _each_text_once([SURE, WHOLE, SURE, SURE], ["busy, try in 5 s", "fine", "busy, try in 7 s", "another"])
     assert [left.counts for left in once] == [True, True, False, True]
+
+
+def test_what_is_held_against_nobody_clears_nobody_either() -> None:
+    may_be_a_gateways = dataclasses.replace(SURE, counts=False)
+    found = evidence([WHOLE, TIE, SURE, STRANGE, may_be_a_gateways, Leaving(2)], [])
+    assert found.stand_out.tolist() == [False, False, True, False, False, False]
+    assert found.silent.tolist() == [False, False, False, True, True, True]

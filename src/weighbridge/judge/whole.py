@@ -16,7 +16,7 @@ from scipy import special
 
 from weighbridge.judge.library import build_library
 from weighbridge.records import Observation, Plan, PlannedRequest, Policy, again_twin
-from weighbridge.reference.bundle import Bundle, StackRecord
+from weighbridge.reference.bundle import Bundle
 from weighbridge.reference.paths import MOST_REPEATS, Paths, paths_of
 from weighbridge.stats.draws import at_temperature
 from weighbridge.stats.honest import tail_chance
@@ -32,10 +32,10 @@ HONEST_CHANCE = 8e-5
 NOISY_SHARE = 0.5
 # Temperatures at which a departure of no recorded kind gives the reference's other answers.
 GENERIC = (0.2, 0.4, 0.8)
-# Of the reference's own answers come again where only some requests go elsewhere; and so many have to be asked for that.
+# So many of the reference's own answers come again where only some requests are answered otherwise; and so many have to be asked for that.
 COMES_AGAIN_SHARE = 0.75
 LEAST_KEPT_AGAIN = 4
-ALIKE_CHARACTERS = 40
+ALIKE_CHARACTERS = 40  # of an answer's beginning, by which it is told to be another one's as well
 CUT_OFF = ("length", "max_tokens")  # what hosts say where an answer was as long as it was asked to be
 ENDS = ("stop", "end_turn", "eos")  # what hosts call the end of a turn
 
@@ -216,13 +216,13 @@ class WholeEvidence:
     kept : bool array, shape (n,)
         The reference's own, whole.
     silent : bool array, shape (n,)
-        Cut short, or strange: these say nothing of who answered.
+        Cut short, strange, or such that a gateway may have written it: these say nothing of who answered.
     strange : int
         Answers that leave the path by a token that is not listed: they count as evidence of nothing, since a gateway's own words are such.
     returned : list of bool
         For each answer that stands out and was asked for again, whether it then stayed on the path where it had left it.
     kept_again : list of bool
-        The same of answers that were the reference's own.
+        For each of the reference's own that was, whether it came again.
     log_cold, log_warm : float array, shape (n + m,)
         Log e-processes against an honest stack at temperature 0, and at any other.
     """
@@ -278,15 +278,6 @@ class WholeEvidence:
         departures = len(self.library.departures)
         return np.asarray(served[1 : 1 + departures] - served[1 + departures :].max())
 
-    def matching(self, departure: int) -> int:
-        """How many of the answers that stand out are a recorded departure's own."""
-        leaves = self.library.leaves(departure)
-        out = 0
-        for place, left, far in zip(self.places, self.leavings, self.stand_out, strict=True):
-            rows, own = self.library.paths.rows[place], leaves[place]
-            out += bool(far) and own is not None and (own[0] - rows.start, own[1]) in left.cells
-        return out
-
 
 def weigh_whole(library: WholeLibrary, plan: Plan, observations: dict[str, Observation]) -> WholeEvidence | None:
     """Compute the evidence of all whole answers so far; None where there is none."""
@@ -333,9 +324,9 @@ def evidence_of(
     cold = stand_out_process(stand_out, false_positive=HONEST_CHANCE)
     return WholeEvidence(
         library=library, places=places, leavings=leavings, asked=asked, stand_out=stand_out, kept=kept,
-        silent=np.array([_is_strange(library, left) or (not left.cells and not own) for left, own in zip(leavings, kept.tolist(), strict=True)], np.bool_),
-        strange=sum(_is_strange(library, left) for left in leavings), returned=[not second.cells or second.kept > leavings[i].kept for i, second in repeats if stand_out[i]],
-        kept_again=[not second.cells for i, second in repeats if not stand_out[i]],
+        silent=np.array([_is_strange(library, left) or not left.counts or (not left.cells and not own) for left, own in zip(leavings, kept.tolist(), strict=True)], np.bool_),
+        strange=sum(_is_strange(library, left) for left in leavings), returned=[second.kept > leavings[i].kept for i, second in repeats if stand_out[i]],
+        kept_again=[second.kept == leavings[i].kept for i, second in repeats if not stand_out[i]],
         log_cold=np.concatenate([cold, np.full(len(repeats), cold[-1])]), log_warm=_against_warm(library, places, leavings, stand_out, repeats),
     )  # fmt: skip
 
@@ -378,8 +369,10 @@ def read_whole(library: WholeLibrary, observation: Observation) -> Leaving | Non
     rows, paths = library.paths.rows[place], library.paths
     tokens, listed, own = paths.tokens[rows], paths.listed[rows], paths.own[rows].tolist()
     left = leaving(text.encode("utf-8", "replace"), tokens, listed, own, ended=ended)
-    # A gateway's own words end by themselves; and some hosts write other quotes, or take marks out.
-    if observation.finish_reason not in CUT_OFF or not library.is_outstanding(place, left):
+    if not library.is_outstanding(place, left):
+        return left
+    # A gateway's own words end by themselves; and some hosts write other quotes and dashes.
+    if observation.finish_reason not in CUT_OFF:
         return replace(left, counts=False)
     plain = leaving(folded(text.encode("utf-8", "replace")), [folded(t) for t in tokens], [[folded(t) for t in row] for row in listed], own, ended=ended)  # fmt: skip
     return left if library.is_outstanding(place, plain) else replace(left, counts=False)
@@ -449,8 +442,3 @@ def _against_warm(
 def coarse(library: WholeLibrary) -> list[int]:
     """The recorded 4-bit weights, as places among the departures."""
     return [n for n, i in enumerate(library.departures) if library.paths.stacks[i].departure_class == "int4"]
-
-
-def name_of(stack: StackRecord) -> str:
-    """What a departure is called."""
-    return stack.variant or stack.id
