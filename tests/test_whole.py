@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weighbridge.errors import RunFolderError
+from weighbridge.judge.case import Case
+from weighbridge.judge.checks.share import check_share
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import diversions
+from weighbridge.judge.texts import TextLibrary, build_text_library, weigh_texts
 from weighbridge.judge.whole import (
     HONEST_CHANCE,
     LEAST_KEPT_AGAIN,
@@ -25,7 +28,7 @@ from weighbridge.judge.whole import (
     repeat_order,
 )
 from weighbridge.plan import check_draw, make_plan
-from weighbridge.records import Endpoint, Observation
+from weighbridge.records import Capability, Endpoint, Finding, Observation
 from weighbridge.reference.bundle import Precision, StackRecord, load_bundle
 from weighbridge.reference.paths import MOST_REPEATS, Paths
 from weighbridge.stats.draws import cell_logprobs
@@ -396,3 +399,54 @@ def test_what_is_held_against_nobody_clears_nobody_either() -> None:
     found = evidence([WHOLE, TIE, SURE, STRANGE, may_be_a_gateways, Leaving(2)], [])
     assert found.stand_out.tolist() == [False, False, True, False, False, False]
     assert found.silent.tolist() == [False, False, False, True, True, True]
+
+
+# -- what is said of the share --------------------------------------------------------------------------------------
+
+
+def share_of(embedded: WholeLibrary, whole: WholeEvidence, *, diverted: bool) -> Finding:
+    bundle, policy = load_bundle("smollm2-135m-instruct"), load_policy("strict")
+    plan = make_plan(Endpoint(name="x", base_url="http://127.0.0.1:1/v1", model="m"), policy, bundle, seed="1")
+    capability = Capability(reachable=True, refused=None, top_logprobs=0, temperature_regime="unknown", temperature_slope=None, usage_reported=True, model_named=None, fingerprint=None, quirks=[])  # fmt: skip
+    texts = build_text_library(bundle, policy)
+    assert texts is not None
+    cold = {r.request_id: Observation(request_id=r.request_id, probe_id=r.probe.id, answered=True, attempts=1, latency_s=0.0, text=_first(texts, r.probe.id), completion_tokens=1, finish_reason="length") for r in plan.text_requests[:30]}  # fmt: skip
+    case = Case(
+        plan=plan, capability=capability, answers=[], library=None, residuals=None, evidence=None, prompt_answers=[], raw_answers=[], sampling={}, reading=None,
+        served="official", official_differs=False, texts=weigh_texts(texts, plan, cold), whole=whole, diverted=diverted,
+    )  # fmt: skip
+    return check_share(case)
+
+
+def _first(texts: TextLibrary, probe_id: str) -> str:
+    place = texts.contexts.index[probe_id]
+    best = int(texts.contexts.likeliest[0, place])
+    return next(name for name, columns in texts.contexts.names[place].items() if best in columns)
+
+
+def test_the_share_is_that_of_whole_answers_where_these_tell_more(embedded: WholeLibrary) -> None:
+    def kept(n: int) -> WholeEvidence:
+        return evidence_of(embedded, [*range(n)], [Leaving(16)] * n, [], asked=n)
+
+    few, many = (share_of(embedded, kept(n), diverted=False) for n in (4, 80))
+    assert "first tokens" in few.summary
+    assert "whole answers" in many.summary
+    assert many.effects[0].value < few.effects[0].value < 0.3
+    lost = share_of(embedded, dataclasses.replace(kept(80), asked=90), diverted=False)
+    assert lost.effects[0].value > many.effects[0].value
+
+
+def test_a_diversion_has_an_interval_without_recorded_4_bit_weights_too(embedded: WholeLibrary) -> None:
+    none = dataclasses.replace(embedded, departures=[i for i in embedded.departures if embedded.paths.stacks[i].departure_class != "int4"])  # fmt: skip
+    q4_0 = next(i for i in embedded.departures if embedded.paths.stacks[i].id == "llamacpp-q4_0")
+    told = np.flatnonzero(embedded.told[embedded.departures.index(q4_0)])[:2].tolist()
+    leave = embedded.leaves(q4_0)
+    lefts = [embedded.as_text(place, *known) for place in told if (known := leave[place]) is not None]
+    rest = [place for place in range(40) if place not in told]
+    for known in (embedded, none):
+        found = evidence_of(known, [*told, *rest], [*lefts, *[Leaving(16)] * len(rest)], [], asked=40)
+        share = share_of(known, found, diverted=True).effects[0]
+        assert share.low is not None
+        assert share.high is not None
+        assert 0 < share.low < share.value < share.high <= 1
+    assert share.high == 1

@@ -70,8 +70,9 @@ def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
     common: dict[str, Any] = {"check": "share", "axis": "share", "answers_used": n}
     if text_differs_after(texts, case.plan.policy) is not None:
         return Finding(**common, outcome="not_applicable", summary="The answers differ as a whole; by one token as text it is not told which of them something else gave")  # fmt: skip
-    if case.whole is not None and case.whole.count >= case.plan.policy.min_answers and coarse(case.whole.library):
-        return _share_of_whole(case, case.whole)
+    whole = case.whole
+    if whole is not None and case.diverted:
+        return _share_of_whole(case, whole)
     fourbit = [i for i, d in enumerate(texts.library.departures) if _is_coarse(texts, d)]
     if n < case.plan.policy.min_answers or not texts.is_cold or not fourbit:
         return Finding(
@@ -84,6 +85,9 @@ def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
     known = texts.library.contexts.recorded[distributions][:, texts.cold.places]
     others = np.where(known, 1 - np.exp(texts.library.stays_nats[distributions][:, texts.cold.places]), 0.0)
     told = float(others.sum(axis=1)[known.any(axis=1)].min() / n) if known.any() else 0.0
+    # Of first tokens and whole answers those speak that tell more; which, follows from what was asked and not from what came.
+    if whole is not None and whole.count * _least_told(whole) > n * told:
+        return _share_of_whole(case, whole)
     if told == 0:
         return Finding(
             **common,
@@ -102,7 +106,7 @@ def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
 def _share_of_whole(case: Case, whole: WholeEvidence) -> Finding:
     """A whole answer says something of its own request: how many stand out, and how many of those that 4-bit weights give would."""
     n, out = whole.count, int(whole.stand_out.sum())
-    least = float(whole.library.told[coarse(whole.library)][:, whole.places].mean(axis=1).min())
+    least = _least_told(whole)
     rates = Rates(false_positive=HONEST_CHANCE, true_positive=least)
     common: dict[str, Any] = {
         "check": "share", "axis": "share", "answers_used": n,
@@ -117,7 +121,7 @@ def _share_of_whole(case: Case, whole: WholeEvidence) -> Finding:
         )  # fmt: skip
     # An answer that did not come, was cut short, or is none of a model's, may have been given by anything.
     flags = np.concatenate([whole.stand_out | whole.silent, np.ones(whole.asked - n, np.bool_)])
-    _, high = share_interval(flags, rates, confidence=CONFIDENCE, tails="upper") if least > 0 else (0.0, 1.0)
+    _, high = share_interval(flags, rates, confidence=CONFIDENCE, tails="upper")
     unclear = int(flags.sum()) - out
     return Finding(
         **common, outcome="inconclusive",
@@ -126,6 +130,12 @@ def _share_of_whole(case: Case, whole: WholeEvidence) -> Finding:
         + f", where recorded 4-bit weights give {least:.0%} such at least: such weights answered at most {high:.0%} of requests (95 % upper limit); a fainter departure, or a rarer one, would not stand out",
         to_resolve="Logprobs, or more requests: 299 of which none stands out bring the limit to 1 % of what is always told",
     )  # fmt: skip
+
+
+def _least_told(whole: WholeEvidence) -> float:
+    """Of the whole answers that came, the share that stands out where the 4-bit weights give them that do so least often."""
+    known = coarse(whole.library)
+    return float(whole.library.told[known][:, whole.places].mean(axis=1).min()) if known else 0.0
 
 
 def _is_coarse(texts: TextEvidence, index: int) -> bool:
