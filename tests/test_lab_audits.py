@@ -250,8 +250,12 @@ def test_doctor_tells_what_logprobs_mean(lies: Lies, regime: str, backend: Backe
 
 
 @pytest.mark.usefixtures("no_sampling")
-def test_by_whole_answers_some_requests_elsewhere_are_found(backend: Backend, tmp_path: Path) -> None:
-    lies = Lies(max_top_logprobs=0, divert_share=0.15, divert_each=True)
+def test_by_whole_answers_some_requests_elsewhere_are_found(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Which requests go elsewhere follows from the run's id and the draw's seed: with these some stand out and others come again.
+    monkeypatch.setattr("weighbridge.plan.secrets.token_hex", lambda size: "7c" * size)
+    lies = Lies(max_top_logprobs=0, divert_share=0.1, divert_each=True)
     with Front(backend("f16").port, lies, diverted_port=backend("q4_0").port) as front:
         _, verdict = audit(front, tmp_path / "run", "--max-requests", "240")
     assert (verdict.verdict, verdict.cause) == ("differs", "partial_routing")
@@ -263,7 +267,7 @@ def test_by_whole_answers_some_requests_elsewhere_are_found(backend: Backend, tm
         for e in f["effects"]
     )
     assert share["low"] > 0
-    assert share["low"] <= 0.15 <= share["high"]
+    assert share["low"] <= 0.1 <= share["high"]
     # The same files give the same words.
     replayed = CliRunner().invoke(cli, ["replay", str(tmp_path / "run")], standalone_mode=False)
     assert replayed.exception is None
