@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from weighbridge.errors import RunFolderError
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.share import check_share
+from weighbridge.judge.checks.texts import check_texts
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import diversions
 from weighbridge.judge.texts import TextLibrary, build_text_library, weigh_texts
@@ -404,18 +405,21 @@ def test_what_is_held_against_nobody_clears_nobody_either() -> None:
 # -- what is said of the share --------------------------------------------------------------------------------------
 
 
-def share_of(embedded: WholeLibrary, whole: WholeEvidence, *, diverted: bool) -> Finding:
+def case_of(whole: WholeEvidence, *, diverted: bool) -> Case:
     bundle, policy = load_bundle("smollm2-135m-instruct"), load_policy("strict")
     plan = make_plan(Endpoint(name="x", base_url="http://127.0.0.1:1/v1", model="m"), policy, bundle, seed="1")
     capability = Capability(reachable=True, refused=None, top_logprobs=0, temperature_regime="unknown", temperature_slope=None, usage_reported=True, model_named=None, fingerprint=None, quirks=[])  # fmt: skip
     texts = build_text_library(bundle, policy)
     assert texts is not None
-    cold = {r.request_id: Observation(request_id=r.request_id, probe_id=r.probe.id, answered=True, attempts=1, latency_s=0.0, text=_first(texts, r.probe.id), completion_tokens=1, finish_reason="length") for r in plan.text_requests[:30]}  # fmt: skip
-    case = Case(
+    cold = {r.request_id: Observation(request_id=r.request_id, probe_id=r.probe.id, answered=True, attempts=1, latency_s=0.0, text=_first(texts, r.probe.id), completion_tokens=1, finish_reason="length") for r in plan.text_requests}  # fmt: skip
+    return Case(
         plan=plan, capability=capability, answers=[], library=None, residuals=None, evidence=None, prompt_answers=[], raw_answers=[], sampling={}, reading=None,
         served="official", official_differs=False, texts=weigh_texts(texts, plan, cold), whole=whole, diverted=diverted,
     )  # fmt: skip
-    return check_share(case)
+
+
+def share_of(whole: WholeEvidence, *, diverted: bool) -> Finding:
+    return check_share(case_of(whole, diverted=diverted))
 
 
 def _first(texts: TextLibrary, probe_id: str) -> str:
@@ -428,11 +432,11 @@ def test_the_share_is_that_of_whole_answers_where_these_tell_more(embedded: Whol
     def kept(n: int) -> WholeEvidence:
         return evidence_of(embedded, [*range(n)], [Leaving(16)] * n, [], asked=n)
 
-    few, many = (share_of(embedded, kept(n), diverted=False) for n in (4, 80))
+    few, many = (share_of(kept(n), diverted=False) for n in (4, 80))
     assert "first tokens" in few.summary
     assert "whole answers" in many.summary
     assert many.effects[0].value < few.effects[0].value < 0.3
-    lost = share_of(embedded, dataclasses.replace(kept(80), asked=90), diverted=False)
+    lost = share_of(dataclasses.replace(kept(80), asked=90), diverted=False)
     assert lost.effects[0].value > many.effects[0].value
 
 
@@ -445,8 +449,14 @@ def test_a_diversion_has_an_interval_without_recorded_4_bit_weights_too(embedded
     rest = [place for place in range(40) if place not in told]
     for known in (embedded, none):
         found = evidence_of(known, [*told, *rest], [*lefts, *[Leaving(16)] * len(rest)], [], asked=40)
-        share = share_of(known, found, diverted=True).effects[0]
+        share = share_of(found, diverted=True).effects[0]
         assert share.low is not None
         assert share.high is not None
         assert 0 < share.low < share.value < share.high <= 1
     assert share.high == 1
+
+
+def test_what_could_not_be_asked_for_again_is_no_clean_answer(embedded: WholeLibrary) -> None:
+    case = case_of(evidence([SURE, SURE, *[WHOLE] * 30], []), diverted=False)
+    assert check_texts(case).outcome == "inconclusive"
+    assert check_texts(case_of(evidence([WHOLE] * 30, []), diverted=False)).outcome == "consistent"

@@ -161,7 +161,7 @@ def _built(bundle: Bundle, policy_text: str) -> TextLibrary | None:
         return None
     index = contexts.index
     cold = np.array([index[probe_id] for probe_id in cold_probes(contexts)], np.int64)
-    limit = max(null.limit_nats for null in build_library(bundle, policy, TOP_LOGPROBS).nulls)
+    limit = honest_limit_nats(bundle, policy)
     stacks = contexts.stacks
     honest = [i for i, s in enumerate(stacks) if s.departure is None or s.departure_class in policy.accepts]
     others = [i for i in range(contexts.tokens_nats.shape[0]) if i not in honest]
@@ -175,6 +175,11 @@ def _built(bundle: Bundle, policy_text: str) -> TextLibrary | None:
         flips_allowed=allowed, flip_at_most=at_most, at_zero_nats=at_zero, stays_nats=stays,
         exclusion_nats=gain[others][:, cold].mean(axis=1) if cold.size else np.zeros(len(others)),
     )  # fmt: skip
+
+
+def honest_limit_nats(bundle: Bundle, policy: Policy) -> float:
+    """Noise that an honest stack may have, whatever its grid: for where no logprobs tell that."""
+    return max(null.limit_nats for null in build_library(bundle, policy, TOP_LOGPROBS).nulls)
 
 
 def _held_back(contexts: Contexts) -> Floats:

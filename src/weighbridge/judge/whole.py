@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from weighbridge.judge.library import build_library
+from weighbridge.judge.texts import ENDS, honest_limit_nats
 from weighbridge.records import Observation, Plan, PlannedRequest, Policy, again_twin
 from weighbridge.reference.bundle import Bundle
 from weighbridge.reference.paths import MOST_REPEATS, Paths, paths_of
@@ -25,7 +25,6 @@ from weighbridge.stats.paths import WHITE_SPACE, Leaving, folded, leaving
 from weighbridge.stats.texts import TEMPERATURES, answer_log_likelihood, noise_temperature
 
 Floats = NDArray[np.float64]
-TOP_LOGPROBS = 20  # over which the noise of honest stacks is stated
 # With which an honest stack's answer may stand out: so seldom that two of some seventy suffice.
 HONEST_CHANCE = 8e-5
 # Honest stacks that are nearly as noisy as the noisiest one; those that hardly move would hide how those do that move.
@@ -37,7 +36,6 @@ COMES_AGAIN_SHARE = 0.75
 LEAST_KEPT_AGAIN = 4
 ALIKE_CHARACTERS = 40  # of an answer's beginning, by which it is told to be another one's as well
 CUT_OFF = ("length", "max_tokens")  # what hosts say where an answer was as long as it was asked to be
-ENDS = ("stop", "end_turn", "eos")  # what hosts call the end of a turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +160,7 @@ def _built(bundle: Bundle, policy_text: str) -> WholeLibrary | None:
     honest = [i for i, s in enumerate(paths.stacks) if s.departure is None or s.departure_class in policy.accepts]
     if len(honest) < 2 or paths.stacks[0].id != bundle.manifest.reference_stack:
         return None
-    limit = max(null.limit_nats for null in build_library(bundle, policy, TOP_LOGPROBS).nulls)
+    limit = honest_limit_nats(bundle, policy)
     return WholeLibrary(
         paths=paths, honest=honest, departures=[i for i in range(len(paths.stacks)) if i not in honest], limit_nats=limit,
         chance=honest_chances(paths, honest, limit, policy.stack_margin),

@@ -146,8 +146,11 @@ def check_texts(case: Case) -> Finding:
     if text_differs_after(texts, policy) is not None:
         # Of what differs there is nothing left to exclude.
         return _differs(texts, policy, common | {"excluded": [], "not_excluded": []}, basis, differing)
-    if case.whole is not None and whole_differs(texts, case.whole, policy):
-        return _whole_differs(case, case.whole, common | {"excluded": [], "not_excluded": []})
+    # What stands out and could not be asked for again is no clean answer either.
+    whole = case.whole
+    owed = whole is not None and is_suspected(texts, whole, policy) and not whole.is_asked_again
+    if whole is not None and (owed or whole_differs(texts, whole, policy)):
+        return _whole_differs(case, whole, common | {"excluded": [], "not_excluded": []})
     if is_consistent_text(texts, case.plan):
         what = (
             f"{texts.cold.count - differing} of {texts.cold.count} are the reference's at temperature 0, where weights of {_finest(texts, case.plan)} would often give another one"
