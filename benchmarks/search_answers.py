@@ -1,10 +1,11 @@
 """Search for prompts whose whole answer tells 4-bit weights as text.
 
-    python benchmarks/search_answers.py --out FOLDER [--quick]
+    python benchmarks/search_answers.py --version 2 --out FOLDER [--key-file FILE --id POOL] [--quick]
 
 The reference answers many short prompts greedily. Kept are those at which it would leave its own path, at a place where it is sure of itself, under
-noise of the size of 4-bit weights; of these, those at which the most of `SEEN` do so. What an honest stack may do is taken from `HONEST`, on the same
-answers. Writes FOLDER/pool, with its selection.json. Needs the extra hf; some 25 minutes on two cores. What is on the disk is not computed again.
+noise of the size of 4-bit weights; of these, those whose text tells the most of `SEEN` from every honest stack. What an honest stack may do is taken from
+`HONEST`, on the same answers. Writes FOLDER/pool, with its selection.json. With a key of your own (`weighbridge pool keygen`) the pool is a sealed one. Needs the
+extras lab and hf; an hour on two cores. What is on the disk is not computed again.
 """
 
 import argparse
@@ -15,36 +16,65 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 from scipy import special
 
 from weighbridge.canonical import write_atomically
-from weighbridge.judge.whole import HONEST_CHANCE, honest_chances
+from weighbridge.judge.whole import HONEST_CHANCE, WholeLibrary, honest_chances
 from weighbridge.lab.checkpoint import lab_checkpoint
 from weighbridge.probes import write_pool
 from weighbridge.probes.generate import generate_probes
 from weighbridge.records import Message, Probe
+from weighbridge.reference.bundle import load_bundle
 from weighbridge.reference.checkpoint import open_checkpoint
 from weighbridge.reference.engine import Prompt
 from weighbridge.reference.local import LocalSetting, LocalWeights
 from weighbridge.reference.paths import KEPT, Paths
+from weighbridge.reference.roundings import WEIGHT_ROUNDINGS, Matrix, Rounding
 from weighbridge.reference.templates import render_conversations
 from weighbridge.stats.draws import cell_logprobs
 
 Floats = NDArray[np.float64]
+BUNDLE = "smollm2-135m-instruct"
 KEY = b"weighbridge public pool of long answers, 2026"  # public: whoever has it can make the candidates again
 # Of the texts from the first number to the second, so many of the shortest.
-CANDIDATES = ((0, 4000, 1500), (4000, 12_000, 3000))
+CANDIDATES = ((0, 4000, 1500), (4000, 12_000, 3000), (12_000, 28_000, 6000))
 TOKENS = 16
 BATCH = 64
 MOST_CHARACTERS = 150  # of an answer: an audit reads 200
 NOISE_NATS, LEAD_NATS = 1.0, 1.0  # of 4-bit weights in long answers; from which on an answer is expected to stand out
-PRESELECTED, CHOSEN = 700, 80
+PRESELECTED, CHOSEN = 1500, 80
 MOST_ALIKE, ALIKE_TOKENS = 2, 4  # so many answers that begin with the same tokens: a small model has few beginnings
 MARGIN = 1.25
 LIMIT_NATS = 0.067  # noise that an honest stack may have in the embedded library
 HONEST = {"hf-bfloat16": LocalSetting(dtype="bfloat16"), "hf-bfloat16-eager": LocalSetting(dtype="bfloat16", attention="eager")}  # fmt: skip
-SEEN = {name: LocalSetting(weights=name) for name in ("nf4-g64", "int4-asym-g64", "int4-g32", "mxfp4")}
+SEED, SHIFTED = 1, 3
+
+
+def shifted(seed: int) -> Rounding:
+    """Four bits in groups of 64 on grids that are shifted by chance: errors as large as those of such weights, and no scheme's own."""
+
+    def rounded(matrix: Matrix) -> Matrix:
+        grouped = matrix.reshape(len(matrix), -1, 64)
+        scale = np.abs(grouped).max(axis=2, keepdims=True) / 7
+        shift = np.random.default_rng([SEED, seed]).uniform(-0.5, 0.5, scale.shape)
+        return np.asarray((np.round(grouped / scale + shift) - shift) * scale, np.float32).reshape(matrix.shape)
+
+    return Rounding(f"shifted-{seed}", 4, 64, 16, rounded)
+
+
+def q4_0(matrix: Matrix) -> Matrix:
+    """llama.cpp's format, by its authors' own Python."""
+    kind = GGMLQuantizationType.Q4_0
+    return np.asarray(quants.dequantize(quants.quantize(matrix, kind), kind), np.float32)
+
+
+WEIGHT_ROUNDINGS |= {"q4_0": Rounding("q4_0", 4, 32, 16, q4_0)} | {f"shifted-{n}": shifted(n) for n in range(SHIFTED)}
+SEEN = {
+    name: LocalSetting(dtype="bfloat16", weights=name)
+    for name in ("nf4-g64", "int4-asym-g64", "int4-g32", "mxfp4", "q4_0", *(f"shifted-{n}" for n in range(SHIFTED)))
+}
 
 
 def answer(engine: LocalWeights, prompts: list[list[int]]) -> list[tuple[list[int], list[list[float]]]]:
@@ -67,20 +97,22 @@ def answer(engine: LocalWeights, prompts: list[list[int]]) -> list[tuple[list[in
 
 
 def expected(top_nats: list[list[float]], repeats: list[bool]) -> float:
-    """The chance that an answer is left where the reference leads by `LEAD_NATS` and the token is no repeat, under noise of `NOISE_NATS`."""
+    """The chance that an answer is left where the reference leads by `LEAD_NATS` and the token is no repeat, under noise of `NOISE_NATS`.
+
+    Not at its first token: what begins otherwise often begins with a token that is not listed, or is short, and a gateway may have written it.
+    """
     leads = np.array([row[0] - row[1] for row in top_nats])
     flips = special.ndtr(-leads / (np.sqrt(2) * NOISE_NATS))
     kept = np.concatenate([[1.0], np.cumprod(1 - flips)[:-1]])
-    return float((kept * flips * (leads >= LEAD_NATS) * ~np.array(repeats)).sum())
+    return float((kept * flips * (leads >= LEAD_NATS) * ~np.array(repeats))[1:].sum())
 
 
-def score(setting: LocalSetting, checkpoint: Any, prompts: list[Prompt], tokens: Any, path: Path) -> Any:
+def score(setting: LocalSetting, checkpoint: Any, prompts: list[Prompt], tokens: Any, top_k: int, path: Path) -> Any:
     """Token ids and logprobs at every place of the answers: of the likeliest tokens, or of the given ones."""
     if not path.exists():
         print(path.stem, flush=True)
-        rows = LocalWeights(checkpoint, setting).score(
-            prompts, [None] * len(prompts) if tokens is None else tokens.reshape(len(prompts), TOKENS, KEPT), KEPT
-        )
+        wanted = [None] * len(prompts) if tokens is None else tokens.reshape(len(prompts), TOKENS, KEPT)
+        rows = LocalWeights(checkpoint, setting).score(prompts, wanted, top_k)
         np.savez(path, tokens=np.concatenate([r.token_ids for r in rows]), nats=np.concatenate([r.logprobs_nats for r in rows]))  # fmt: skip
     with np.load(path) as found:
         return found["tokens"], found["nats"].astype(np.float64)
@@ -90,12 +122,16 @@ def main() -> None:
     """Search, and write the pool."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--id", default="whole-answer", help="the new pool's name")
+    parser.add_argument("--version", type=int, default=1)
+    parser.add_argument("--key-file", type=Path, help="for a sealed pool; from `weighbridge pool keygen`")
     parser.add_argument("--quick", action="store_true", help="a tenth of the candidates, to see that it runs")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(lab_checkpoint(print), {})
     scale = 10 if arguments.quick else 1
-    probes = generate_probes(KEY, CANDIDATES[-1][1] // scale, "chat")
+    key = KEY if arguments.key_file is None else bytes.fromhex(arguments.key_file.read_text("ascii"))
+    probes = generate_probes(key, CANDIDATES[-1][1] // scale, "chat")
     texts = render_conversations(
         checkpoint.template, [p.messages for p in probes], special_tokens=checkpoint.special_tokens, name="official", date=None
     )  # fmt: skip
@@ -106,14 +142,17 @@ def main() -> None:
         for n in sorted(range(low // scale, high // scale), key=lambda n: len(ids[n]))[: count // scale]
     ]  # fmt: skip
     answers_path = arguments.out / "answers.json"
-    if not answers_path.exists():
-        found: dict[int, tuple[list[int], list[list[float]]]] = {}
-        for start in range(0, len(numbers), BATCH):
-            batch = numbers[start : start + BATCH]
-            found |= dict(zip(batch, answer(engine, [ids[n] for n in batch]), strict=True))
-            print(f"{start + len(batch)} of {len(numbers)} answered", flush=True)
-        write_atomically(answers_path, json.dumps(found).encode())
-    answers = {int(n): own for n, own in json.loads(answers_path.read_text("utf-8")).items()}
+    found: dict[str, tuple[list[int], list[list[float]]]] = {}
+    if answers_path.exists():
+        found = json.loads(answers_path.read_text("utf-8"))
+    missing = [n for n in numbers if str(n) not in found]
+    for start in range(0, len(missing), BATCH):
+        batch = missing[start : start + BATCH]
+        found |= {str(n): own for n, own in zip(batch, answer(engine, [ids[n] for n in batch]), strict=True)}
+        if start // BATCH % 10 == 9 or start + BATCH >= len(missing):
+            write_atomically(answers_path, json.dumps(found).encode())
+            print(f"{start + len(batch)} of {len(missing)} answered", flush=True)
+    answers = {int(n): own for n, own in found.items()}
 
     fits: list[tuple[float, int, str]] = []
     for n in numbers:
@@ -136,55 +175,66 @@ def main() -> None:
         Prompt(str(n), (*ids[n], *answers[n][0]), tuple(range(len(ids[n]) - 1, len(ids[n]) - 1 + TOKENS)))
         for _, n, _ in fits
     ]
-    columns, reference = score(LocalSetting(), checkpoint, prompts, None, arguments.out / "reference.npz")
+    columns, reference = score(LocalSetting(), checkpoint, prompts, None, KEPT, arguments.out / "reference.npz")
+    nats = [
+        score(setting, checkpoint, prompts, columns, KEPT, arguments.out / f"{name}.npz")[1]
+        for name, setting in HONEST.items()
+    ]
     own = np.array([token for _, n, _ in fits for token in answers[n][0]])
     sure = (columns[:, 0] == own).reshape(len(fits), TOKENS).all(axis=1)
-    nats = {
-        name: score(setting, checkpoint, prompts, columns, arguments.out / f"{name}.npz")[1]
-        for name, setting in (HONEST | SEEN).items()
-    }
+    vocabulary = load_bundle(BUNDLE).vocabulary
     repeats = [token in (ids[n] + answers[n][0][:i]) for _, n, _ in fits for i, token in enumerate(answers[n][0])]
     paths = Paths(
-        probe_ids=[str(n) for _, n, _ in fits], rows=[slice(TOKENS * i, TOKENS * (i + 1)) for i in range(len(fits))], tokens=[], listed=[],
+        probe_ids=[str(n) for _, n, _ in fits], rows=[slice(TOKENS * i, TOKENS * (i + 1)) for i in range(len(fits))],
+        tokens=[vocabulary[t] for t in own], listed=[[vocabulary[t] for t in row] for row in columns.tolist()],
         own=np.zeros(len(own), np.int64), repeats=np.array(repeats), stacks=[],
-        tokens_nats=np.stack([cell_logprobs(one) for one in (reference, *(nats[name] for name in HONEST))]),
+        tokens_nats=np.stack([cell_logprobs(one) for one in (reference, *nats)]),
     )  # fmt: skip
-    sure_of = honest_chances(paths, range(1 + len(HONEST)), LIMIT_NATS, MARGIN) <= HONEST_CHANCE
-    out = sure_of & ~paths.repeats[:, None]
-    told = {name: stands_out(nats[name], out) & sure for name in SEEN}
-    for name in HONEST:
-        print(f"{name}: {stands_out(nats[name], out).sum()} of {len(fits)} stand out", flush=True)
+    honest = [*range(1 + len(HONEST))]
+    library = WholeLibrary(paths, honest, [], LIMIT_NATS, honest_chances(paths, honest, LIMIT_NATS, MARGIN))
+    for name, found_nats in zip(HONEST, nats, strict=True):
+        best = np.take_along_axis(columns, found_nats.argmax(axis=1)[:, None], axis=1)[:, 0]
+        sure &= (best == own).reshape(len(fits), TOKENS).all(axis=1)
+        print(f"{name}: {told_by(library, columns, own, best).sum()} of {len(fits)} stand out", flush=True)
+    told = {
+        name: told_by(library, columns, own, score(setting, checkpoint, prompts, None, 1, arguments.out / f"{name}.npz")[0][:, 0]) & sure
+        for name, setting in SEEN.items()
+    }  # fmt: skip
     rank = sorted(range(len(fits)), key=lambda i: (-sum(int(told[name][i]) for name in SEEN), -fits[i][0]))
     chosen = sorted(rank[: CHOSEN // scale], key=lambda i: fits[i][1])
     for name in SEEN:
         print(f"{name}: {np.mean([told[name][i] for i in chosen]):.2f} of the chosen stand out", flush=True)
-    rule = f"the reference's own likeliest answers of {TOKENS} tokens; those that noise of {NOISE_NATS:g} nats leaves most often where the reference leads by {LEAD_NATS:g} ({MOST_ALIKE} at most that begin alike), and of these {PRESELECTED // scale} those that most of {', '.join(SEEN)} leave where an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}"
+    rule = f"the reference's own likeliest answers of {TOKENS} tokens; those that noise of {NOISE_NATS:g} nats leaves most often where the reference leads by {LEAD_NATS:g} ({MOST_ALIKE} at most that begin alike), and of these {PRESELECTED // scale} those that most of {', '.join(SEEN)} leave, after the first token, by one by which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}, as their text tells, and {' and '.join(HONEST)} do not leave"
+    prefix = "whole" if arguments.key_file is None else arguments.id  # several sealed pools may stand in one bundle
     selection = {
         "rule": rule, "candidates": len(numbers), "honest_stacks_seen": list(HONEST), "variants_seen": list(SEEN),
-        "chosen": [{"id": name_of(probes[fits[i][1]]), "expected": round(fits[i][0], 3), "told": [name for name in SEEN if told[name][i]]} for i in chosen],
+        "chosen": [{"id": name_of(probes[fits[i][1]], prefix), "expected": round(fits[i][0], 3), "told": [name for name in SEEN if told[name][i]]} for i in chosen],
     }  # fmt: skip
     made = [
-        Probe(id=name_of(probes[fits[i][1]]), purpose=probes[fits[i][1]].purpose,
+        Probe(id=name_of(probes[fits[i][1]], prefix), purpose=probes[fits[i][1]].purpose,
               messages=[*probes[fits[i][1]].messages, Message(role="assistant", content=fits[i][2])])
         for i in chosen
     ]  # fmt: skip
     folder = arguments.out / "pool"
-    write_pool(folder, "whole-answer", "whole", made, visibility="public", motivation=f"Of {len(numbers)} candidates {rule}.")  # fmt: skip
+    write_pool(folder, arguments.id, "whole", made, version=arguments.version, visibility="public" if arguments.key_file is None else "sealed", motivation=f"Of {len(numbers)} candidates {rule}.")  # fmt: skip
     write_atomically(folder / "selection.json", (json.dumps(selection, indent=1) + "\n").encode())
 
 
-def name_of(probe: Probe) -> str:
+def name_of(probe: Probe, prefix: str) -> str:
     """The chosen probe's id."""
-    return probe.id.replace("sealed-chat", "whole")
+    return probe.id.replace("sealed-chat", prefix)
 
 
-def stands_out(stack_nats: Floats, out: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether a stack's own answers stand out where they leave the reference's; shape (answers,)."""
-    best = stack_nats.argmax(axis=1).reshape(-1, TOKENS)
-    left = best != 0
-    first = left.argmax(axis=1)
-    rows = np.arange(len(best)) * TOKENS + first
-    return np.asarray(left.any(axis=1) & out[rows, best[np.arange(len(best)), first]])
+def told_by(library: WholeLibrary, columns: NDArray[Any], own: NDArray[Any], best: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether a stack's answers stand out, by its likeliest token at each place; shape (answers,)."""
+    out = np.zeros(len(library.paths.rows), np.bool_)
+    for place, rows in enumerate(library.paths.rows):
+        left = np.flatnonzero(best[rows] != own[rows])
+        if left.size and left[0] > 0:
+            row = rows.start + int(left[0])
+            listed = np.flatnonzero(columns[row] == best[row])
+            out[place] = listed.size > 0 and library.is_outstanding(place, library.as_text(place, row, int(listed[0])))
+    return out
 
 
 if __name__ == "__main__":

@@ -145,18 +145,18 @@ class Course:
 
 
 def audit(library: WholeLibrary, order: list[int], answer: Callable[[int], Leaving], e_value: float) -> Course:
-    """One order of the pool, as an audit goes: first answers until temperature 0 is rejected, then repeats; if these do not settle it, all first answers."""
+    """One order of the pool, as an audit goes: first answers until temperature 0 is rejected, then repeats; and again whenever one more stands out."""
     leavings = [answer(place) for place in order]
     out = np.array([library.is_outstanding(p, left) for p, left in zip(order, leavings, strict=True)], np.bool_)
     kept = float(np.log(KEPT_FOR_DRAWS))
     cold = kept + stand_out_process(out, false_positive=HONEST_CHANCE)
     first = diversion_shown(cold, out, e_value=e_value)
     repeats: dict[int, Leaving] = {}
-    for n in () if first is None else (first, len(order)):
+    for n in () if first is None else [first, *(np.flatnonzero(out[first:]) + first + 1).tolist(), len(order)]:
+        if kept + stand_out_process(out[:n], false_positive=HONEST_CHANCE)[-1] < np.log(e_value):
+            continue
         whole = np.array([not left.cells for left in leavings[:n]])
-        repeats = {
-            i: repeats[i] if i in repeats else answer(order[i]) for i in [*repeats, *repeat_order(out[:n], whole)]
-        }
+        repeats |= {i: answer(order[i]) for i in repeat_order(out[:n], whole) if i not in repeats}
         evidence = evidence_of(library, order[:n], leavings[:n], [*repeats.items()], asked=n)
         shown = evidence.is_asked_again and kept + evidence.log_total[-1] >= np.log(e_value)
         if shown and evidence.is_some:

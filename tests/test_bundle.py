@@ -760,12 +760,10 @@ def test_other_weights_are_refused_before_anything_runs(tmp_path: Path) -> None:
 
 
 def test_how_far_a_run_may_be_from_the_recorded_one() -> None:
-    bfloat16 = LocalSetting(dtype="bfloat16")
-    assert allowance(bfloat16, True)[0] == FLOAT32_NATS
-    assert allowance(LocalSetting(weights="int8"), False)[0] == FLOAT32_NATS
-    assert allowance(bfloat16, False)[0] == LATTICE_STEPS * LATTICE_NATS["bfloat16"]
-    assert allowance(LocalSetting(logits="bfloat16"), False)[0] == LATTICE_STEPS * LATTICE_NATS["bfloat16"]
-    assert allowance(LocalSetting(dtype="float16"), False)[0] == LATTICE_STEPS * LATTICE_NATS["float16"]
+    assert allowance(LocalSetting(weights="int8"))[0] == FLOAT32_NATS
+    assert allowance(LocalSetting(dtype="bfloat16"))[0] == LATTICE_STEPS * LATTICE_NATS["bfloat16"]
+    assert allowance(LocalSetting(logits="bfloat16"))[0] == LATTICE_STEPS * LATTICE_NATS["bfloat16"]
+    assert allowance(LocalSetting(dtype="float16"))[0] == LATTICE_STEPS * LATTICE_NATS["float16"]
 
 
 def test_a_stranger_does_not_choose_threads_or_devices() -> None:

@@ -24,7 +24,7 @@ from weighbridge.judge.verdict import (
     is_decided,
     is_decided_raw,
     is_diversion_decided,
-    is_diverted_if_cold,
+    is_diversion_owed,
     judge,
     may_be_diverted,
     useful_probes,
@@ -235,17 +235,22 @@ class Auditor:
         if known is None or not may_be_diverted(case):
             return None
         asked = self._plan.whole_requests
-        because = None
-        # As soon as some stand out so that no honest stack at temperature 0 is left, and, where their repeats do not settle it, after all of them.
-        for stop in (is_diverted_if_cold, is_diversion_decided):
-            await self._send_until(collector, asked, self._until(stop))
+        because, tried = None, set[str]()
+        # Whenever one more stands out, so that no honest stack at temperature 0 is left, until repeats settle it or all have been asked.
+        while because is None:
+            await self._send_until(collector, asked, self._until(is_diversion_owed))
             case = await _in_thread(self._case, dict(self._seen))
-            if case.whole is None or case.diverted or not is_diverted_if_cold(case):
+            if case.whole is None or not is_diversion_owed(case):
                 break
-            wanted = {name: n for n, name in enumerate(wanted_repeats(case.whole, asked))}
+            wanted = {name: n for n, name in enumerate(wanted_repeats(case.whole, asked)) if name not in tried}
             again = [twin for request in asked if (twin := again_twin(request)).request_id in wanted]
             again.sort(key=lambda twin: wanted[twin.request_id])
+            if not again:
+                break
             because = await self._send_until(collector, again, self._until(is_diversion_decided))
+            tried |= wanted.keys()
+            if because == "decided":
+                break
         return because
 
     def _until(self, settled: Callable[[Case], bool]) -> Callable[[Seen], str | None]:

@@ -301,7 +301,7 @@ def _estimate(
 
     These are the probes with logprobs, or those of text, with their repeats and whole answers, whichever are dearer.
     """
-    both = [probes, [*whole, *whole[: 2 * MOST_REPEATS], *(twin for request in texts for twin in (request, request))]]
+    both = [probes, [*whole, *whole[:MOST_REPEATS], *(twin for request in texts for twin in (request, request))]]
     requests = min(endpoint.limits.max_requests, free + len(fixed) + max(len(one) for one in both))
     first = fixed[: max(0, requests - free)]
     tokens = sum(worst_case_tokens(request)[0] for request in first)

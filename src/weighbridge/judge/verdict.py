@@ -111,9 +111,12 @@ def may_be_diverted(case: Case) -> bool:
     return not case.official_differs and case.served == OFFICIAL
 
 
-def is_diverted_if_cold(case: Case) -> bool:
-    """Whether whole answers reject every honest stack at temperature 0, so that repeats have to tell whether 0 is served."""
-    return case.texts is not None and case.whole is not None and is_suspected(case.texts, case.whole, case.plan.policy)
+def is_diversion_owed(case: Case) -> bool:
+    """Whether whole answers reject every honest stack at temperature 0, and repeats that tell whether 0 is served have not been asked."""
+    texts, whole = case.texts, case.whole
+    if texts is None or whole is None or case.diverted:
+        return False
+    return is_suspected(texts, whole, case.plan.policy) and not whole.is_asked_again
 
 
 def is_diversion_decided(case: Case) -> bool:

@@ -263,7 +263,7 @@ class WholeEvidence:
     @property
     def is_asked_again(self) -> bool:
         """Whether enough has been asked for again to tell some requests from all."""
-        wanted = min(int(self.stand_out.sum()), MOST_REPEATS - LEAST_KEPT_AGAIN)
+        wanted = min(int(self.stand_out.sum()), MOST_REPEATS // 2)
         return len(self.returned) >= wanted and len(self.kept_again) >= LEAST_KEPT_AGAIN
 
     @cached_property
@@ -340,9 +340,9 @@ def _flags(
 
 
 def repeat_order(stand_out: NDArray[np.bool_], kept: NDArray[np.bool_]) -> list[int]:
-    """Which answers are worth asking for again, in order: what stands out, then what was the reference's own."""
-    out = np.flatnonzero(stand_out).tolist()[: MOST_REPEATS - LEAST_KEPT_AGAIN]
-    return [*out, *np.flatnonzero(kept).tolist()][:MOST_REPEATS]
+    """Which answers are worth asking for again, in order: what stands out, then what was the reference's own, half of all repeats each."""
+    most = MOST_REPEATS // 2
+    return [*np.flatnonzero(stand_out).tolist()[:most], *np.flatnonzero(kept).tolist()[:most]]
 
 
 def wanted_repeats(evidence: WholeEvidence, requests: Iterable[PlannedRequest]) -> list[str]:
