@@ -2,8 +2,8 @@
 
     python benchmarks/search_answers.py --version 2 --out FOLDER [--key-file FILE --id POOL] [--quick]
 
-The reference answers many short prompts greedily. Kept are those at which it would leave its own path, at a place where it is sure of itself, under
-noise of the size of 4-bit weights; of these, those whose text tells the most of `SEEN` from every honest stack. What an honest stack may do is taken from
+The reference answers many short prompts greedily. Kept are those whose path 4-bit weights are
+expected to leave at a place where the reference is sure of itself; of these, those whose text tells `SEEN` from every honest stack. What an honest stack may do is taken from
 `HONEST`, on the same answers. Writes FOLDER/pool, with its selection.json. With a key of your own (`weighbridge pool keygen`) the pool is a sealed one. Needs the
 extras lab and hf; an hour on two cores. What is on the disk is not computed again.
 """
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
-from scipy import special
 
 from weighbridge.canonical import write_atomically
 from weighbridge.judge.whole import HONEST_CHANCE, WholeLibrary, honest_chances
@@ -43,8 +42,9 @@ CANDIDATES = ((0, 4000, 1500), (4000, 12_000, 3000), (12_000, 28_000, 6000))
 TOKENS = 16
 BATCH = 64
 MOST_CHARACTERS = 150  # of an answer: an audit reads 200
-NOISE_NATS, LEAD_NATS = 1.0, 1.0  # of 4-bit weights in long answers; from which on an answer is expected to stand out
-PRESELECTED, CHOSEN = 1500, 80
+FLIP, FLIP_NATS = 0.4, 1.2  # of 4-bit weights; by likelihood, of `SEEN` along 1,500 answers of an earlier search
+LEAD_NATS = 0.9  # from which on an answer is expected to stand out
+PRESELECTED, CHOSEN = 1500, 100
 MOST_ALIKE, ALIKE_TOKENS = 2, 4  # so many answers that begin with the same tokens: a small model has few beginnings
 MARGIN = 1.25
 LIMIT_NATS = 0.067  # noise that an honest stack may have in the embedded library
@@ -97,14 +97,16 @@ def answer(engine: LocalWeights, prompts: list[list[int]]) -> list[tuple[list[in
 
 
 def expected(top_nats: list[list[float]], repeats: list[bool]) -> float:
-    """The chance that an answer is left where the reference leads by `LEAD_NATS` and the token is no repeat, under noise of `NOISE_NATS`.
+    """The chance that 4-bit weights leave an answer first by a token that the reference leads by `LEAD_NATS`, where the path's own is no repeat.
 
-    Not at its first token: what begins otherwise often begins with a token that is not listed, or is short, and a gateway may have written it.
+    That a token led by g nats becomes the likeliest is taken to have the chance `FLIP` exp(−g / `FLIP_NATS`).
     """
-    leads = np.array([row[0] - row[1] for row in top_nats])
-    flips = special.ndtr(-leads / (np.sqrt(2) * NOISE_NATS))
+    leads = np.array([[row[0] - other for other in row[1:]] for row in top_nats])
+    each = FLIP * np.exp(-leads / FLIP_NATS)
+    flips = 1 - (1 - each).prod(axis=1)
     kept = np.concatenate([[1.0], np.cumprod(1 - flips)[:-1]])
-    return float((kept * flips * (leads >= LEAD_NATS) * ~np.array(repeats))[1:].sum())
+    outstanding = (each * (leads >= LEAD_NATS)).sum(axis=1) / each.sum(axis=1)
+    return float((kept * flips * outstanding * ~np.array(repeats)).sum())
 
 
 def score(setting: LocalSetting, checkpoint: Any, prompts: list[Prompt], tokens: Any, top_k: int, path: Path) -> Any:
@@ -127,6 +129,8 @@ def main() -> None:
     parser.add_argument("--key-file", type=Path, help="for a sealed pool; from `weighbridge pool keygen`")
     parser.add_argument("--quick", action="store_true", help="a tenth of the candidates, to see that it runs")
     arguments = parser.parse_args()
+    if (arguments.out / "pool").exists():
+        parser.error(f"{arguments.out / 'pool'} holds a pool already, and a pool is never overwritten")
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(lab_checkpoint(print), {})
     scale = 10 if arguments.quick else 1
@@ -200,11 +204,12 @@ def main() -> None:
         name: told_by(library, columns, own, score(setting, checkpoint, prompts, None, 1, arguments.out / f"{name}.npz")[0][:, 0]) & sure
         for name, setting in SEEN.items()
     }  # fmt: skip
-    rank = sorted(range(len(fits)), key=lambda i: (-sum(int(told[name][i]) for name in SEEN), -fits[i][0]))
-    chosen = sorted(rank[: CHOSEN // scale], key=lambda i: fits[i][1])
+    chosen = sorted(
+        choose(np.array([*told.values()]), [fit[0] for fit in fits], CHOSEN // scale), key=lambda i: fits[i][1]
+    )
     for name in SEEN:
         print(f"{name}: {np.mean([told[name][i] for i in chosen]):.2f} of the chosen stand out", flush=True)
-    rule = f"the reference's own likeliest answers of {TOKENS} tokens; those that noise of {NOISE_NATS:g} nats leaves most often where the reference leads by {LEAD_NATS:g} ({MOST_ALIKE} at most that begin alike), and of these {PRESELECTED // scale} those that most of {', '.join(SEEN)} leave, after the first token, by one by which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}, as their text tells, and {' and '.join(HONEST)} do not leave"
+    rule = f"the reference's own likeliest answers of {TOKENS} tokens; those that 4-bit weights are expected to leave most often where the reference leads by {LEAD_NATS:g} nats ({MOST_ALIKE} at most that begin alike), and of these {PRESELECTED // scale}, one after another, what tells most of those of {', '.join(SEEN)} that the chosen ones tell least of: they leave it, as their text tells, by a token by which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}, and {' and '.join(HONEST)} do not leave it"
     prefix = "whole" if arguments.key_file is None else arguments.id  # several sealed pools may stand in one bundle
     selection = {
         "rule": rule, "candidates": len(numbers), "honest_stacks_seen": list(HONEST), "variants_seen": list(SEEN),
@@ -220,6 +225,15 @@ def main() -> None:
     write_atomically(folder / "selection.json", (json.dumps(selection, indent=1) + "\n").encode())
 
 
+def choose(told: NDArray[np.bool_], expected_of: list[float], count: int) -> list[int]:
+    """One after another what tells most of those departures that the chosen ones tell least of; of told, shape (departures, answers)."""
+    chosen: list[int] = []
+    for _ in range(count):
+        worth = (told / (1 + told[:, chosen].sum(axis=1, keepdims=True))).sum(axis=0)
+        chosen.append(max(set(range(told.shape[1])) - set(chosen), key=lambda i: (worth[i], expected_of[i])))
+    return chosen
+
+
 def name_of(probe: Probe, prefix: str) -> str:
     """The chosen probe's id."""
     return probe.id.replace("sealed-chat", prefix)
@@ -230,7 +244,7 @@ def told_by(library: WholeLibrary, columns: NDArray[Any], own: NDArray[Any], bes
     out = np.zeros(len(library.paths.rows), np.bool_)
     for place, rows in enumerate(library.paths.rows):
         left = np.flatnonzero(best[rows] != own[rows])
-        if left.size and left[0] > 0:
+        if left.size:
             row = rows.start + int(left[0])
             listed = np.flatnonzero(columns[row] == best[row])
             out[place] = listed.size > 0 and library.is_outstanding(place, library.as_text(place, row, int(listed[0])))

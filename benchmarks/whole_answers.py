@@ -1,12 +1,12 @@
 """Endpoints that return only text and send some requests elsewhere: after how many whole answers that is found.
 
 *What calibrates.* The recorded honest stacks of the bundle, along the answers of its pool for whole answers: how far leads move. The pool was chosen
-(`search_answers.py`) with hf-bfloat16, hf-bfloat16-eager, nf4-g64, int4-asym-g64 and mxfp4 in sight, on the candidates; nothing else.
+(`search_answers.py`) with hf-bfloat16, hf-bfloat16-eager, nf4-g64, int4-asym-g64, int4-g32, mxfp4 and q4_0 in sight, on the candidates and emulated; nothing else.
 
 *What is reported on.* Whole answers that were really served, over HTTP and without logprobs, on llama.cpp or on transformers in bfloat16; kept under
 .benchmarks-cache/whole/. Requests are then diverted by chance, each by itself, from an honest endpoint's answers to a departure's, in random orders of the
-pool, and judged as in an audit whose first tokens left nothing but the fifth of the wealth that is kept. q4_0, int4-g64, int5-g64, W8A8 and all that llama.cpp
-serves the choice has not seen.
+pool, and judged as in an audit whose first tokens left nothing but the fifth of the wealth that is kept. int4-g64, nf4-g128, int5-g64, W8A8 and int8 the choice
+has not seen.
 
 *What is simulated, and says so.* Honest stacks at other temperatures, drawn token by token from their recorded distributions, their family left out of
 what they are held against.
@@ -66,7 +66,12 @@ BUNDLE = "smollm2-135m-instruct"
 ORDERS = 300
 SHARE = 0.05
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2)
-TARGETS = ("llamacpp-q4_0", "transformers-nf4-g64", "transformers-int4-g64")
+SEEN = (
+    "llamacpp-q4_0",
+    "transformers-nf4-g64",
+    "llamacpp-int4-asym-g64",
+)  # emulated in float32, by the choice of the pool
+TARGETS = (*SEEN, "transformers-int4-g64", "transformers-nf4-g128")
 HONEST_NAMES = ("llamacpp-f16", "transformers-bf16")
 FINER = ("llamacpp-int5-g64", "transformers-w8a8-int8", "llamacpp-int8")
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
@@ -372,11 +377,11 @@ def table(document: Document) -> str:
     ]
     lines += [
         "", f"{SHARE:.0%} of the requests answered by something else ({ORDERS} orders of {len(load_bundle(BUNDLE).usable_probes(load_bundle(BUNDLE).pool_at('whole')))} prompts):", "",  # type: ignore[arg-type]
-        "| served | whole answers until it is said, median / 90 % | with repeats, median | found within the pool | its answers that stand out | where it answers everything, median |", "|---|---|---|---|---|---|",
+        "| served | seen by the pool's choice | whole answers until it is said, median / 90 % | with repeats, median | found within the pool | its answers that stand out | where it answers everything, median |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in document.reported["diverted_5_percent"].items():
         pair = " / ".join(_shown(n) for n in row["answers_median_p90"])
-        lines.append(f"| {name} | {pair} | {_shown(row['requests_median'])} | {row['found']:.0%} | {row['stand_out']:.0%} | {_shown(row['all_requests_answers_median'])} |")  # fmt: skip
+        lines.append(f"| {name} | {'yes' if name.startswith(SEEN) else 'no'} | {pair} | {_shown(row['requests_median'])} | {row['found']:.0%} | {row['stand_out']:.0%} | {_shown(row['all_requests_answers_median'])} |")  # fmt: skip
     lines += ["", f"Intervals of the share after the whole pool, {TARGETS[0]} behind {HONEST_NAMES[0]}:", ""]
     lines += [
         f"- {name}: coverage {row['coverage']:.3f}, mean width {row['mean_width']:.3f}"

@@ -308,7 +308,7 @@ def test_short_answers_are_scored_at_every_third_of_their_tokens(bundle: Bundle)
 
 def test_whole_answers_are_scored_at_every_token_and_are_the_references_own(bundle: Bundle) -> None:
     pool = load_pool("whole-answer")
-    assert len(pool.probes) == 80
+    assert len(pool.probes) == 100
     beginnings: Counter[tuple[int, ...]] = Counter()
     for probe in pool.probes:
         index = bundle.probe_index[probe.id]

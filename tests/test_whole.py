@@ -15,6 +15,7 @@ from weighbridge.judge.checks.texts import check_texts
 from weighbridge.judge.policy import load_policy
 from weighbridge.judge.power import diversions
 from weighbridge.judge.texts import TextLibrary, build_text_library, weigh_texts
+from weighbridge.judge.verdict import is_diversion_owed
 from weighbridge.judge.whole import (
     HONEST_CHANCE,
     LEAST_KEPT_AGAIN,
@@ -277,7 +278,7 @@ def test_a_plan_holds_every_whole_answer_once_in_the_order_of_its_draw() -> None
     orders = [[r.probe.id for r in plan.whole_requests] for plan in plans]
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1])
-    assert len(set(orders[0])) == 80
+    assert len(set(orders[0])) == 100
     assert all(r.max_tokens == 16 and r.probe.messages[-1].role == "user" for r in plans[0].whole_requests)
     check_draw(plans[0], bundle)
     changed = plans[0].model_copy(update={"whole_requests": plans[0].whole_requests[1:]})
@@ -463,3 +464,17 @@ def test_what_could_not_be_asked_for_again_is_no_clean_answer(embedded: WholeLib
     case = case_of(evidence([SURE, SURE, *[WHOLE] * 30], []), diverted=False)
     assert check_texts(case).outcome == "inconclusive"
     assert check_texts(case_of(evidence([WHOLE] * 30, []), diverted=False)).outcome == "consistent"
+
+
+def test_repeats_are_asked_again_whenever_one_more_stands_out() -> None:
+    def is_owed(first: list[Leaving], again: list[tuple[int, Leaving]], *, diverted: bool = False) -> bool:
+        return is_diversion_owed(case_of(evidence(first, again), diverted=diverted))
+
+    two, rest = [SURE, SURE], [WHOLE] * 20
+    again = [(0, WHOLE), (1, SURE), *((i, WHOLE) for i in range(2, 10))]
+    assert not is_owed([SURE, *rest], [])
+    assert is_owed([*two, *rest], [])
+    assert not is_owed([*two, *rest], again)  # the second one came again: not settled, and nothing more to ask for
+    assert is_owed([*two, *rest, SURE], again)
+    assert not is_owed([*two, *rest, SURE], [*again, (22, WHOLE)])
+    assert not is_owed([*two, *rest, SURE], again, diverted=True)
