@@ -25,8 +25,8 @@ from weighbridge.stats.paths import WHITE_SPACE, Leaving, folded, leaving
 from weighbridge.stats.texts import TEMPERATURES, answer_log_likelihood, noise_temperature
 
 Floats = NDArray[np.float64]
-# With which an honest stack's answer may stand out: so seldom that two of some seventy suffice.
-HONEST_CHANCE = 8e-5
+# With which an honest stack's answer may stand out: so seldom that two of a hundred suffice.
+HONEST_CHANCE = 4e-5
 # Honest stacks that are nearly as noisy as the noisiest one; those that hardly move would hide how those do that move.
 NOISY_SHARE = 0.5
 # Temperatures at which a departure of no recorded kind gives the reference's other answers.
