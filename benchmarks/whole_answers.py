@@ -19,11 +19,11 @@ Needs the extras lab and hf.
 import argparse
 import asyncio
 import dataclasses
+import functools
 import json
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,10 @@ class Course:
     stand_out: Flags
 
 
+# Thousands of orders of the same answers ask for the same likelihoods.
+WholeLibrary.drawn = functools.cache(WholeLibrary.drawn)  # type: ignore[method-assign]
+
+
 def audit(library: WholeLibrary, order: list[int], answer: Callable[[int], Leaving], e_value: float) -> Course:
     """One order of the pool, as an audit goes: first answers until temperature 0 is rejected, then repeats; and again whenever one more stands out."""
     leavings = [answer(place) for place in order]
@@ -161,7 +165,10 @@ def audit(library: WholeLibrary, order: list[int], answer: Callable[[int], Leavi
         if kept + stand_out_process(out[:n], false_positive=HONEST_CHANCE)[-1] < np.log(e_value):
             continue
         whole = np.array([not left.cells for left in leavings[:n]])
-        repeats |= {i: answer(order[i]) for i in repeat_order(out[:n], whole) if i not in repeats}
+        fresh = [i for i in repeat_order(out[:n], whole) if i not in repeats]
+        if not fresh and n < len(order):
+            continue
+        repeats |= {i: answer(order[i]) for i in fresh}
         evidence = evidence_of(library, order[:n], leavings[:n], [*repeats.items()], asked=n)
         shown = evidence.is_asked_again and kept + evidence.log_total[-1] >= np.log(e_value)
         if shown and evidence.is_some:
@@ -314,7 +321,7 @@ def left_out(
         for temperature in TEMPERATURES:
             for _ in range(orders):
                 i = int(generator.choice(members))
-                answer = partial(_drawn_again, own, i, temperature, generator)
+                answer = functools.partial(_drawn_again, own, i, temperature, generator)
                 course = audit(own, generator.permutation(n).tolist(), answer, e_value)
                 wrong, audits = wrong + int(np.isfinite(course.answers)), audits + 1
                 said[str(temperature)] = said.get(str(temperature), 0) + int(np.isfinite(course.answers))

@@ -126,6 +126,12 @@ def plan(seed: str = "x") -> Plan:
     return make_plan(endpoint, POLICY, bundle(), seed=seed, run_id="0" * 16, created_at="2026-01-01T00:00:00+00:00")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _whole_plan() -> None:
+    """The plan that these tests share is made before any of them leaves requests out."""
+    plan()
+
+
 @cache
 def names() -> list[str]:
     """What every distribution was recorded from."""
