@@ -249,8 +249,6 @@ class Auditor:
                 break
             because = await self._send_until(collector, again, self._until(is_diversion_decided))
             tried |= wanted.keys()
-            if because == "decided":
-                break
         return because
 
     def _until(self, settled: Callable[[Case], bool]) -> Callable[[Seen], str | None]:
