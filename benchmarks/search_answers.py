@@ -3,9 +3,9 @@
     python benchmarks/search_answers.py --version 2 --out FOLDER [--key-file FILE --id POOL] [--quick]
 
 The reference answers many short prompts greedily. Kept are those whose path 4-bit weights are
-expected to leave at a place where the reference is sure of itself; of these, those whose text tells `SEEN` from every honest stack. What an honest stack may do is taken from
-`HONEST`, on the same answers. Writes FOLDER/pool, with its selection.json. With a key of your own (`weighbridge pool keygen`) the pool is a sealed one. Needs the
-extras lab and hf; an hour on two cores. What is on the disk is not computed again.
+expected to leave at a place where the reference is sure of itself; of these, in two rounds, those whose text tells `SEEN` from every honest stack. What an honest stack may do is
+taken from `HONEST`, on the same answers. Writes FOLDER/pool, with its selection.json. With a key of your own (`weighbridge pool keygen`) the pool is a sealed one. Needs the
+extras lab and hf; an hour and a half on two cores. What is on the disk is not computed again.
 """
 
 import argparse
@@ -38,30 +38,31 @@ Floats = NDArray[np.float64]
 BUNDLE = "smollm2-135m-instruct"
 KEY = b"weighbridge public pool of long answers, 2026"  # public: whoever has it can make the candidates again
 # Of the texts from the first number to the second, so many of the shortest.
-CANDIDATES = ((0, 4000, 1500), (4000, 12_000, 3000), (12_000, 28_000, 6000))
+CANDIDATES = ((0, 4000, 1500), (4000, 12_000, 3000), (12_000, 28_000, 6000), (28_000, 44_000, 6000))
 TOKENS = 16
+LIKELIEST = 8  # tokens at each place, from which it is told how likely an answer is left
 BATCH = 64
 MOST_CHARACTERS = 150  # of an answer: an audit reads 200
 FLIP, FLIP_NATS = 0.4, 1.2  # of 4-bit weights; by likelihood, of `SEEN` along 1,500 answers of an earlier search
 LEAD_NATS = 0.9  # from which on an answer is expected to stand out
-PRESELECTED, CHOSEN = 1500, 100
+PRESELECTED, SECOND, CHOSEN = 2500, 900, 100
 MOST_ALIKE, ALIKE_TOKENS = 2, 4  # so many answers that begin with the same tokens: a small model has few beginnings
 MARGIN = 1.25
 LIMIT_NATS = 0.067  # noise that an honest stack may have in the embedded library
 HONEST = {"hf-bfloat16": LocalSetting(dtype="bfloat16"), "hf-bfloat16-eager": LocalSetting(dtype="bfloat16", attention="eager")}  # fmt: skip
-SEED, SHIFTED = 1, 3
+SEED = 1
 
 
-def shifted(seed: int) -> Rounding:
-    """Four bits in groups of 64 on grids that are shifted by chance: errors as large as those of such weights, and no scheme's own."""
+def shifted(seed: int, group: int) -> Rounding:
+    """Four bits in groups, on grids that are shifted by chance: errors as large as those of such weights, and no scheme's own."""
 
     def rounded(matrix: Matrix) -> Matrix:
-        grouped = matrix.reshape(len(matrix), -1, 64)
+        grouped = matrix.reshape(len(matrix), -1, group)
         scale = np.abs(grouped).max(axis=2, keepdims=True) / 7
         shift = np.random.default_rng([SEED, seed]).uniform(-0.5, 0.5, scale.shape)
         return np.asarray((np.round(grouped / scale + shift) - shift) * scale, np.float32).reshape(matrix.shape)
 
-    return Rounding(f"shifted-{seed}", 4, 64, 16, rounded)
+    return Rounding(f"shifted-{seed}-g{group}", 4, group, 16, rounded)
 
 
 def q4_0(matrix: Matrix) -> Matrix:
@@ -70,11 +71,11 @@ def q4_0(matrix: Matrix) -> Matrix:
     return np.asarray(quants.dequantize(quants.quantize(matrix, kind), kind), np.float32)
 
 
-WEIGHT_ROUNDINGS |= {"q4_0": Rounding("q4_0", 4, 32, 16, q4_0)} | {f"shifted-{n}": shifted(n) for n in range(SHIFTED)}
-SEEN = {
-    name: LocalSetting(dtype="bfloat16", weights=name)
-    for name in ("nf4-g64", "int4-asym-g64", "int4-g32", "mxfp4", "q4_0", *(f"shifted-{n}" for n in range(SHIFTED)))
-}
+SHIFTED = [shifted(n, group) for n, group in enumerate((64, 64, 64, 64, 32, 32))]
+WEIGHT_ROUNDINGS |= {r.name: r for r in (Rounding("q4_0", 4, 32, 16, q4_0), *SHIFTED)}
+# What the first round sees, and what the second one sees besides.
+FIRST = ("nf4-g64", "q4_0", SHIFTED[0].name, SHIFTED[4].name)
+SEEN = (*FIRST, "int4-asym-g64", "int4-g32", "mxfp4", *(r.name for r in SHIFTED if r.name not in FIRST))
 
 
 def answer(engine: LocalWeights, prompts: list[list[int]]) -> list[tuple[list[int], list[list[float]]]]:
@@ -91,7 +92,7 @@ def answer(engine: LocalWeights, prompts: list[list[int]]) -> list[tuple[list[in
             return_dict_in_generate=True, pad_token_id=engine.model.config.eos_token_id,
         )  # fmt: skip
     tops = torch.stack(
-        [torch.topk(torch.log_softmax(step.float(), -1), KEPT).values for step in found.logits], 1
+        [torch.topk(torch.log_softmax(step.float(), -1), LIKELIEST).values for step in found.logits], 1
     ).tolist()
     return [(row[width:], top) for row, top in zip(found.sequences.tolist(), tops, strict=True)]
 
@@ -200,16 +201,28 @@ def main() -> None:
         best = np.take_along_axis(columns, found_nats.argmax(axis=1)[:, None], axis=1)[:, 0]
         sure &= (best == own).reshape(len(fits), TOKENS).all(axis=1)
         print(f"{name}: {told_by(library, columns, own, best).sum()} of {len(fits)} stand out", flush=True)
-    told = {
-        name: told_by(library, columns, own, score(setting, checkpoint, prompts, None, 1, arguments.out / f"{name}.npz")[0][:, 0]) & sure
-        for name, setting in SEEN.items()
-    }  # fmt: skip
+
+    def tell(name: str, places: list[int]) -> NDArray[np.bool_]:
+        setting = LocalSetting(dtype="bfloat16", weights=name)
+        rows = [row for place in places for row in range(TOKENS * place, TOKENS * (place + 1))]
+        best = np.full(len(own), -1)
+        best[rows] = score(setting, checkpoint, [prompts[i] for i in places], None, 1, arguments.out / f"{name}.npz")[
+            0
+        ][:, 0]
+        out = np.zeros(len(fits), np.bool_)
+        out[places] = told_by(library, columns, own, best)[places] & sure[places]
+        return out
+
+    told = {name: tell(name, [*range(len(fits))]) for name in FIRST}
+    first = np.array([*told.values()]).sum(axis=0)
+    second = sorted(sorted(range(len(fits)), key=lambda i: (-first[i], -fits[i][0]))[: SECOND // scale])
+    told |= {name: tell(name, second) for name in SEEN if name not in FIRST}
     chosen = sorted(
         choose(np.array([*told.values()]), [fit[0] for fit in fits], CHOSEN // scale), key=lambda i: fits[i][1]
     )
     for name in SEEN:
         print(f"{name}: {np.mean([told[name][i] for i in chosen]):.2f} of the chosen stand out", flush=True)
-    rule = f"the reference's own likeliest answers of {TOKENS} tokens; those that 4-bit weights are expected to leave most often where the reference leads by {LEAD_NATS:g} nats ({MOST_ALIKE} at most that begin alike), and of these {PRESELECTED // scale}, one after another, what tells most of those of {', '.join(SEEN)} that the chosen ones tell least of: they leave it, as their text tells, by a token by which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}, and {' and '.join(HONEST)} do not leave it"
+    rule = f"the reference's own likeliest answers of {TOKENS} tokens; those that 4-bit weights are expected to leave most often where the reference leads by {LEAD_NATS:g} nats ({MOST_ALIKE} at most that begin alike), of these {PRESELECTED // scale} the {SECOND // scale} that tell most of {', '.join(FIRST)}, and of these, one after another, what tells most of those of {', '.join(SEEN)} that the chosen ones tell least of: they leave it, as their text tells, by a token by which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}, and {' and '.join(HONEST)} do not leave it"
     prefix = "whole" if arguments.key_file is None else arguments.id  # several sealed pools may stand in one bundle
     selection = {
         "rule": rule, "candidates": len(numbers), "honest_stacks_seen": list(HONEST), "variants_seen": list(SEEN),

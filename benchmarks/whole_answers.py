@@ -44,8 +44,8 @@ from weighbridge.judge.whole import (
     coarse,
     evidence_of,
     honest_chances,
+    owed_repeats,
     read_whole,
-    repeat_order,
 )
 from weighbridge.lab.front import MODEL_NAME, Lies
 from weighbridge.lab.provider import lab_endpoint
@@ -160,16 +160,14 @@ def audit(library: WholeLibrary, order: list[int], answer: Callable[[int], Leavi
     kept = float(np.log(KEPT_FOR_DRAWS))
     cold = kept + stand_out_process(out, false_positive=HONEST_CHANCE)
     first = diversion_shown(cold, out, e_value=e_value)
-    repeats: dict[int, Leaving] = {}
+    repeats: list[tuple[int, Leaving]] = []
     for n in () if first is None else [first, *(np.flatnonzero(out[first:]) + first + 1).tolist(), len(order)]:
         if kept + stand_out_process(out[:n], false_positive=HONEST_CHANCE)[-1] < np.log(e_value):
             continue
-        whole = np.array([not left.cells for left in leavings[:n]])
-        fresh = [i for i in repeat_order(out[:n], whole) if i not in repeats]
-        if not fresh and n < len(order):
-            continue
-        repeats |= {i: answer(order[i]) for i in fresh}
-        evidence = evidence_of(library, order[:n], leavings[:n], [*repeats.items()], asked=n)
+        evidence = evidence_of(library, order[:n], leavings[:n], repeats, asked=n)
+        while fresh := owed_repeats(evidence):
+            repeats = [*repeats, *((i, answer(order[i])) for i, _ in fresh)]
+            evidence = evidence_of(library, order[:n], leavings[:n], repeats, asked=n)
         shown = evidence.is_asked_again and kept + evidence.log_total[-1] >= np.log(e_value)
         if shown and evidence.is_some:
             return Course(n, n + len(repeats), stand_out=out)

@@ -27,8 +27,8 @@ from weighbridge.judge.whole import (
     coarse,
     evidence_of,
     honest_chances,
+    owed_repeats,
     read_whole,
-    repeat_order,
 )
 from weighbridge.plan import check_draw, make_plan
 from weighbridge.records import Capability, Endpoint, Finding, Observation
@@ -200,9 +200,11 @@ def test_an_honest_host_at_another_temperature_is_not_accused() -> None:
         order = rng.permutation(ANSWERS_KNOWN).tolist()
         leavings = [drawn(place) for place in order]
         flags = np.array([known.is_outstanding(p, left) for p, left in zip(order, leavings, strict=True)])
-        kept = np.array([left == WHOLE for left in leavings])
-        repeats = [(i, drawn(order[i])) for i in repeat_order(flags, kept)]
+        repeats: list[tuple[int, Leaving]] = []
         found = evidence_of(known, order, leavings, repeats, asked=len(order))
+        while owed := owed_repeats(found):
+            repeats += [(i, drawn(order[i])) for i, _ in owed]
+            found = evidence_of(known, order, leavings, repeats, asked=len(order))
         assert found.log_cold[-1] > np.log(1000)
         assert found.log_warm.max() < np.log(1000)
 
@@ -218,13 +220,28 @@ def test_repeats_tell_temperature_0() -> None:
 
 
 def test_what_stands_out_is_asked_for_again_first() -> None:
-    out, kept = np.array([False, True, False, True]), np.array([True, False, True, False])
-    assert repeat_order(out, kept) == [1, 3, 0, 2]
+    assert owed_repeats(evidence([WHOLE, SURE, WHOLE, SURE], [])) == [(1, 0), (3, 0), (0, 0), (2, 0)]
     # Half of the room is left for what was the reference's own.
-    many = repeat_order(np.arange(40) < 30, np.arange(40) >= 30)
-    assert len(many) == MOST_REPEATS
-    assert many == [*range(8), *range(30, 38)]
+    many = [*[SURE] * 30, *[WHOLE] * 10]
+    first = owed_repeats(evidence(many, []))
+    assert first == [(i, 0) for i in (*range(8), *range(30, 38))]
+    assert len(first) == MOST_REPEATS
+    assert owed_repeats(evidence(many, [(i, many[i]) for i, _ in first])) == []
     assert MOST_REPEATS / 2 >= LEAST_KEPT_AGAIN
+
+
+def test_what_stands_out_twice_is_asked_for_once_more() -> None:
+    first = [SURE, SURE, *[WHOLE] * 30]
+    kept = [(i, WHOLE) for i in range(2, 10)]
+    once = evidence(first, [(0, SURE), (1, WHOLE), *kept])
+    assert owed_repeats(once) == [(0, 1)]
+    assert not once.is_asked_again
+    twice = evidence(first, [(0, SURE), (0, WHOLE), (1, WHOLE), *kept])
+    assert twice.is_asked_again
+    assert twice.is_some
+    steady = evidence(first, [(0, SURE), (0, SURE), (1, WHOLE), *kept])
+    assert steady.is_asked_again
+    assert not steady.is_some
 
 
 @pytest.mark.parametrize(
@@ -233,7 +250,8 @@ def test_what_stands_out_is_asked_for_again_first() -> None:
         ([WHOLE, WHOLE], [WHOLE] * 6, True),
         ([SURE, SURE], [WHOLE] * 6, False),  # all requests are answered so
         ([WHOLE, SURE], [WHOLE] * 6, False),  # one answer is none
-        ([TIE, WHOLE], [WHOLE] * 6, False),
+        ([TIE, WHOLE], [WHOLE] * 6, True),  # an honest stack's answer, too
+        ([STRANGE, WHOLE], [WHOLE] * 6, False),
         ([WHOLE, WHOLE], [WHOLE] * 5 + [TIE], True),
         ([WHOLE, WHOLE], [WHOLE, TIE] * 3, False),  # nothing comes again: the prompt may be another one each time
         ([WHOLE, WHOLE], [WHOLE] * 3, False),  # too few to know
@@ -471,10 +489,12 @@ def test_repeats_are_asked_again_whenever_one_more_stands_out() -> None:
         return is_diversion_owed(case_of(evidence(first, again), diverted=diverted))
 
     two, rest = [SURE, SURE], [WHOLE] * 20
-    again = [(0, WHOLE), (1, SURE), *((i, WHOLE) for i in range(2, 10))]
+    again = [(0, WHOLE), (1, SURE), (1, SURE), *((i, WHOLE) for i in range(2, 10))]
     assert not is_owed([SURE, *rest], [])
     assert is_owed([*two, *rest], [])
-    assert not is_owed([*two, *rest], again)  # the second one came again: not settled, and nothing more to ask for
+    assert not is_owed(
+        [*two, *rest], again
+    )  # the second one came again each time: not settled, and nothing more to ask for
     assert is_owed([*two, *rest, SURE], again)
     assert not is_owed([*two, *rest, SURE], [*again, (22, WHOLE)])
     assert not is_owed([*two, *rest, SURE], again, diverted=True)

@@ -242,13 +242,11 @@ class Auditor:
             case = await _in_thread(self._case, dict(self._seen))
             if case.whole is None or not is_diversion_owed(case):
                 break
-            wanted = {name: n for n, name in enumerate(wanted_repeats(case.whole, asked)) if name not in tried}
-            again = [twin for request in asked if (twin := again_twin(request)).request_id in wanted]
-            again.sort(key=lambda twin: wanted[twin.request_id])
+            again = [twin for twin in wanted_repeats(case.whole, asked) if twin.request_id not in tried]
             if not again:
                 break
             because = await self._send_until(collector, again, self._until(is_diversion_decided))
-            tried |= wanted.keys()
+            tried |= {twin.request_id for twin in again}
         return because
 
     def _until(self, settled: Callable[[Case], bool]) -> Callable[[Seen], str | None]:

@@ -314,7 +314,7 @@ class Plan(Record):
         """All of them, in the order in which they would be sent, and after them the twins of the probes."""
         raw = [raw_twin(request) for request in (*self.probe_requests, *self.text_requests)]
         again = [again_twin(twin) for request in self.text_requests for twin in (request, raw_twin(request))]
-        whole = [twin for request in self.whole_requests for twin in (request, again_twin(request))]
+        whole = [twin for r in self.whole_requests for twin in (r, again_twin(r), again_twin(again_twin(r)))]
         drawn = [drawn_twin(request) for request in self.probe_requests] if self.text_requests else []
         return [
             *self.capability_requests, *self.prompt_requests, *self.probe_requests, *self.sampling_requests, *raw,
@@ -328,9 +328,10 @@ def raw_twin(request: PlannedRequest) -> PlannedRequest:
 
 
 def again_twin(request: PlannedRequest) -> PlannedRequest:
-    """The same text probe once more: weights give the same answer twice, a temperature seldom does."""
+    """The same text probe, or its twin, once more: weights give the same answer twice, a temperature seldom does."""
     # It differs in what changes no answer at temperature 0, so that a cache which goes by the body does not give a copy.
-    return request.model_copy(update={"request_id": f"{request.request_id}{AGAIN}", "settings": {"top_p": 0.99}})
+    top_p = round(request.settings.get("top_p", 1) - 0.01, 2)
+    return request.model_copy(update={"request_id": f"{request.request_id}{AGAIN}", "settings": {"top_p": top_p}})
 
 
 def drawn_twin(request: PlannedRequest) -> PlannedRequest:

@@ -217,10 +217,9 @@ class WholeEvidence:
         Cut short, strange, or such that a gateway may have written it: these say nothing of who answered.
     strange : int
         Answers that leave the path by a token that is not listed: they count as evidence of nothing, since a gateway's own words are such.
-    returned : list of bool
-        For each answer that stands out and was asked for again, whether it then stayed on the path where it had left it.
-    kept_again : list of bool
-        For each of the reference's own that was, whether it came again.
+    again : dict of int to list of bool
+        For the answers that were asked for again, each time: of one that stands out, whether it then was one that an honest stack may give; of the
+        reference's own, whether it came again.
     log_cold, log_warm : float array, shape (n + m,)
         Log e-processes against an honest stack at temperature 0, and at any other.
     """
@@ -233,8 +232,7 @@ class WholeEvidence:
     kept: NDArray[np.bool_]
     silent: NDArray[np.bool_]
     strange: int
-    returned: list[bool]
-    kept_again: list[bool]
+    again: dict[int, list[bool]]
     log_cold: Floats
     log_warm: Floats
 
@@ -247,6 +245,16 @@ class WholeEvidence:
     def log_total(self) -> Floats:
         """Against both nulls."""
         return np.minimum(self.log_cold, self.log_warm)
+
+    @property
+    def returned(self) -> list[bool]:
+        """For each time that an answer that stands out was asked for again, whether it then was one that an honest stack may give."""
+        return [one for i, times in self.again.items() if self.stand_out[i] for one in times]
+
+    @property
+    def kept_again(self) -> list[bool]:
+        """For each of the reference's own that was asked for again, whether it came again."""
+        return [one for i, times in self.again.items() if not self.stand_out[i] for one in times]
 
     @property
     def is_some(self) -> bool:
@@ -263,8 +271,8 @@ class WholeEvidence:
     @property
     def is_asked_again(self) -> bool:
         """Whether enough has been asked for again to tell some requests from all."""
-        wanted = min(int(self.stand_out.sum()), MOST_REPEATS // 2)
-        return len(self.returned) >= wanted and len(self.kept_again) >= LEAST_KEPT_AGAIN
+        owed = any(self.stand_out[i] for i, _ in owed_repeats(self))
+        return not owed and len(self.kept_again) >= LEAST_KEPT_AGAIN
 
     @cached_property
     def gain_nats(self) -> Floats:
@@ -291,10 +299,11 @@ def weigh_whole(library: WholeLibrary, plan: Plan, observations: dict[str, Obser
     stand_out, kept = _flags(library, places, leavings)
     repeats: list[tuple[int, Leaving]] = []
     for i in [*np.flatnonzero(stand_out).tolist(), *np.flatnonzero(kept).tolist()]:
-        observation = observations.get(again_twin(known[i][0]).request_id)
-        second = read_whole(library, observation) if observation is not None else None
-        if second is not None:
-            repeats.append((i, second))
+        for twin in _times(known[i][0]):
+            observation = observations.get(twin.request_id)
+            found = read_whole(library, observation) if observation is not None else None
+            if found is not None:
+                repeats.append((i, found))
     return evidence_of(library, places, leavings, repeats, asked=len(seen))
 
 
@@ -323,8 +332,7 @@ def evidence_of(
     return WholeEvidence(
         library=library, places=places, leavings=leavings, asked=asked, stand_out=stand_out, kept=kept,
         silent=np.array([_is_strange(library, left) or not left.counts or (not left.cells and not own) for left, own in zip(leavings, kept.tolist(), strict=True)], np.bool_),
-        strange=sum(_is_strange(library, left) for left in leavings), returned=[second.kept > leavings[i].kept for i, second in repeats if stand_out[i]],
-        kept_again=[second.kept == leavings[i].kept for i, second in repeats if not stand_out[i]],
+        strange=sum(_is_strange(library, left) for left in leavings), again=_again(library, places, leavings, stand_out, repeats),
         log_cold=np.concatenate([cold, np.full(len(repeats), cold[-1])]), log_warm=_against_warm(library, places, leavings, stand_out, repeats),
     )  # fmt: skip
 
@@ -339,16 +347,47 @@ def _flags(
     return np.array(out, np.bool_), np.array(whole, np.bool_)
 
 
-def repeat_order(stand_out: NDArray[np.bool_], kept: NDArray[np.bool_]) -> list[int]:
-    """Which answers are worth asking for again, in order: what stands out, then what was the reference's own, half of all repeats each."""
+def _again(
+    library: WholeLibrary,
+    places: list[int],
+    leavings: list[Leaving],
+    stand_out: NDArray[np.bool_],
+    repeats: list[tuple[int, Leaving]],
+) -> dict[int, list[bool]]:
+    """`WholeEvidence.again`."""
+    found: dict[int, list[bool]] = {}
+    for i, later in repeats:
+        first = leavings[i]
+        # It stayed on the path where it had left it, or left it before by a token by which an honest stack may.
+        honest = later.counts and not _is_strange(library, later) and not library.is_outstanding(places[i], later)
+        other = later.kept > first.kept or (honest and later.cells != first.cells)
+        found.setdefault(i, []).append(other if stand_out[i] else later.kept == first.kept)
+    return found
+
+
+def owed_repeats(evidence: WholeEvidence) -> list[tuple[int, int]]:
+    """What is worth asking for again: numbers of first answers, and how often each has been asked for again before; in order.
+
+    What stands out, once, and a second time where it came again, since that may have gone elsewhere too; then what was the reference's own.
+    Half of all repeats for each of the two.
+    """
     most = MOST_REPEATS // 2
-    return [*np.flatnonzero(stand_out).tolist()[:most], *np.flatnonzero(kept).tolist()[:most]]
+    far = [i for i in np.flatnonzero(evidence.stand_out).tolist() if i not in evidence.again]
+    twice = [i for i, times in evidence.again.items() if evidence.stand_out[i] and times == [False]]
+    own = [i for i in np.flatnonzero(evidence.kept).tolist()[:most] if i not in evidence.again]
+    left = max(most - len(evidence.returned), 0)
+    return [*[*((i, 0) for i in far), *((i, 1) for i in twice)][:left], *((i, 0) for i in own)]
 
 
-def wanted_repeats(evidence: WholeEvidence, requests: Iterable[PlannedRequest]) -> list[str]:
-    """The ids of the requests for them, in order."""
-    by_place = {evidence.library.paths.index[r.probe.id]: again_twin(r).request_id for r in requests}
-    return [by_place[evidence.places[i]] for i in repeat_order(evidence.stand_out, evidence.kept)]
+def wanted_repeats(evidence: WholeEvidence, requests: Iterable[PlannedRequest]) -> list[PlannedRequest]:
+    """The requests for them, in order."""
+    by_place = {evidence.library.paths.index[r.probe.id]: r for r in requests}
+    return [_times(by_place[evidence.places[i]])[times] for i, times in owed_repeats(evidence)]
+
+
+def _times(request: PlannedRequest) -> list[PlannedRequest]:
+    """Its repeats."""
+    return [again_twin(request), again_twin(again_twin(request))]
 
 
 def _length(library: WholeLibrary, place: int) -> int:

@@ -16,7 +16,7 @@ from weighbridge.reference.bundle import Bundle, StackRecord
 from weighbridge.reference.checkpoint import Checkpoint, open_checkpoint
 from weighbridge.reference.engine import Prompt, Rows
 from weighbridge.reference.local import LocalSetting, LocalWeights, in_batches, require_extra
-from weighbridge.reference.paths import KEPT, whole_rows
+from weighbridge.reference.paths import whole_rows
 
 # float32 logprobs move by a few 1e-5 nats with the batch, the attention kernel and the processor (measured).
 FLOAT32_NATS = 1e-4
@@ -98,7 +98,8 @@ def rerun(
     facts = engine.facts()
     same_machine = all(facts.get(name) == stack.engine.get(name) for name in _MACHINE)
     recorded = bundle.logprobs_nats[bundle.stack_index[stack.id]]
-    unkept = whole_rows(bundle)[:, None] & (np.arange(recorded.shape[1]) >= KEPT)
+    reference = bundle.logprobs_nats[bundle.stack_index[bundle.manifest.reference_stack]]
+    unkept = whole_rows(bundle)[:, None] & np.isnan(reference)  # fewer tokens are kept of these
     drawn = set(draw([p.probe_id for p in _prompts(bundle, stack)], bundle.identity.digest)[:count])
     largest, probes = 0.0, 0
     for batch in _batches(_prompts(bundle, stack), bundle.manifest.shard, setting.batch):

@@ -117,7 +117,7 @@ def _share_of_whole(case: Case, whole: WholeEvidence) -> Finding:
         effect = Effect(name="share of requests that something else answered", value=out / n, low=low, high=high, unit="1", confidence=CONFIDENCE)  # fmt: skip
         return Finding(
             **common, outcome="inconsistent", cause="partial_routing", effects=[effect],
-            summary=f"{out} of {n} whole answers are none that an honest stack gives, and {sum(whole.returned)} of {len(whole.returned)} of these are the reference's own when they are asked for again: some requests are answered otherwise, by other weights or by the same ones with other sampling (between {low:.1%} and {high:.0%} if it is at most as fine as the recorded 4-bit weights, 95 %)",
+            summary=f"{out} of {n} whole answers are none that an honest stack gives, and when these were asked for again, {sum(whole.returned)} of {len(whole.returned)} times they were such: some requests are answered otherwise, by other weights or by the same ones with other sampling (between {low:.1%} and {high:.0%} if it is at most as fine as the recorded 4-bit weights, 95 %)",
         )  # fmt: skip
     # An answer that did not come, was cut short, or is none of a model's, may have been given by anything.
     flags = np.concatenate([whole.stand_out | whole.silent, np.ones(whole.asked - n, np.bool_)])

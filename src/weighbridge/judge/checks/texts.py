@@ -200,7 +200,7 @@ def _whole_differs(case: Case, whole: WholeEvidence, common: dict[str, Any]) -> 
     out, asked, again = int(whole.stand_out.sum()), len(whole.returned), len(whole.kept_again)
     what = (
         f"No logprobs are returned, so whole answers were compared (level L4): {out} of {whole.count} leave the reference's own where it is sure of itself, which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}; "
-        f"asked for again {sum(whole.returned)} of {asked} are the reference's own, and so are {sum(whole.kept_again)} of {again} that were before"
+        f"asked for again {asked} times, they were {sum(whole.returned)} times such as an honest stack gives, and {sum(whole.kept_again)} of {again} that were the reference's own were so again"
     )
     if not case.diverted:
         return Finding(
