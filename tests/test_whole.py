@@ -199,7 +199,6 @@ def test_an_honest_host_at_another_temperature_is_not_accused() -> None:
     for _ in range(20):
         order = rng.permutation(ANSWERS_KNOWN).tolist()
         leavings = [drawn(place) for place in order]
-        flags = np.array([known.is_outstanding(p, left) for p, left in zip(order, leavings, strict=True)])
         repeats: list[tuple[int, Leaving]] = []
         found = evidence_of(known, order, leavings, repeats, asked=len(order))
         while owed := owed_repeats(found):
