@@ -65,17 +65,30 @@ def shifted(seed: int, group: int) -> Rounding:
     return Rounding(f"shifted-{seed}-g{group}", 4, group, 16, rounded)
 
 
+def scaled(name: str, seed: int) -> Rounding:
+    """A scheme after each input channel was scaled by chance, and scaled back: as large errors as the scheme's, and others (the scales of AWQ are chosen ones)."""
+    scheme = WEIGHT_ROUNDINGS[name]
+
+    def rounded(matrix: Matrix) -> Matrix:
+        by = np.asarray(np.random.default_rng([SEED, seed]).uniform(0.9, 1.1, matrix.shape[-1]), np.float32)
+        return np.asarray(scheme.apply(matrix * by) / by, np.float32)
+
+    return Rounding(f"{name}-scaled-{seed}", scheme.code_bits, scheme.group, scheme.shared_bits, rounded)
+
+
 def q4_0(matrix: Matrix) -> Matrix:
     """llama.cpp's format, by its authors' own Python."""
     kind = GGMLQuantizationType.Q4_0
     return np.asarray(quants.dequantize(quants.quantize(matrix, kind), kind), np.float32)
 
 
-SHIFTED = [shifted(n, group) for n, group in enumerate((64, 64, 64, 64, 32, 32))]
-WEIGHT_ROUNDINGS |= {r.name: r for r in (Rounding("q4_0", 4, 32, 16, q4_0), *SHIFTED)}
+WEIGHT_ROUNDINGS["q4_0"] = Rounding("q4_0", 4, 32, 16, q4_0)
+SHIFTED = [shifted(0, 64), shifted(4, 32)]
+SCALED = [scaled(name, seed) for name in ("nf4-g64", "q4_0", "int4-asym-g64") for seed in (0, 1, 2)]
+WEIGHT_ROUNDINGS |= {r.name: r for r in (*SHIFTED, *SCALED)}
 # What the first round sees, and what the second one sees besides.
-FIRST = ("nf4-g64", "q4_0", SHIFTED[0].name, SHIFTED[4].name)
-SEEN = (*FIRST, "int4-asym-g64", "int4-g32", "mxfp4", *(r.name for r in SHIFTED if r.name not in FIRST))
+FIRST = ("nf4-g64", "q4_0", *(r.name for r in SHIFTED))
+SEEN = (*FIRST, "int4-asym-g64", "int4-g32", "mxfp4", *(r.name for r in SCALED))
 
 
 def answer(engine: LocalWeights, prompts: list[list[int]]) -> list[tuple[list[int], list[list[float]]]]:

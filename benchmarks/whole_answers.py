@@ -1,7 +1,8 @@
 """Endpoints that return only text and send some requests elsewhere: after how many whole answers that is found.
 
 *What calibrates.* The recorded honest stacks of the bundle, along the answers of its pool for whole answers: how far leads move. The pool was chosen
-(`search_answers.py`) with hf-bfloat16, hf-bfloat16-eager, nf4-g64, int4-asym-g64, int4-g32, mxfp4 and q4_0 in sight, on the candidates and emulated; nothing else.
+(`search_answers.py`) with hf-bfloat16, hf-bfloat16-eager, nf4-g64, int4-asym-g64, int4-g32, mxfp4, q4_0 and six grids of 4 bits that are shifted by chance in sight, on the
+candidates and emulated; nothing else.
 
 *What is reported on.* Whole answers that were really served, over HTTP and without logprobs, on llama.cpp or on transformers in bfloat16; kept under
 .benchmarks-cache/whole/. Requests are then diverted by chance, each by itself, from an honest endpoint's answers to a departure's, in random orders of the
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom
 
 from figures import CACHE, Document, Figure, say, share
 from served import DEPARTURES, HONEST, Served
@@ -63,7 +65,7 @@ from weighbridge.store import RunFolder
 Generator = np.random.Generator
 Flags = NDArray[np.bool_]
 BUNDLE = "smollm2-135m-instruct"
-ORDERS = 300
+ORDERS, TARGET_ORDERS = 300, 1000  # of what has a target more, since a median of 300 is known to some four answers
 SHARE = 0.05
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2)
 SEEN = (
@@ -196,11 +198,19 @@ def quantile(values: list[float], q: float) -> float:
     return float(np.quantile(values, q, method="higher"))
 
 
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """A 95 % interval of the median, from the values in order (David and Nagaraja 2003, Order Statistics, section 7.1)."""
+    ranked = sorted(values)
+    low = int(binom.ppf(0.025, len(ranked), 0.5))
+    return ranked[max(low - 1, 0)], ranked[len(ranked) - max(low, 1)]
+
+
 def found_by(
     document: Document,
     library: WholeLibrary,
     answers: dict[str, Answered],
     orders: int,
+    target_orders: int,
     generator: Generator,
     e_value: float,
 ) -> None:
@@ -210,20 +220,27 @@ def found_by(
         for other in (*TARGETS, *FINER):
             if honest not in answers or other not in answers:
                 continue
-            courses = diverted(library, answers[honest], answers[other], SHARE, orders, generator, e_value)
+            count = target_orders if other in TARGETS else orders
+            courses = diverted(library, answers[honest], answers[other], SHARE, count, generator, e_value)
             told = np.mean([library.is_outstanding(p, left) for p, left in answers[other].items()])
             found = [c for c in courses if np.isfinite(c.answers)]
             rows[f"{other} behind {honest}"] = {
-                "answers_median_p90": [quantile([c.answers for c in courses], q) for q in (0.5, 0.9)],
+                "orders": len(courses), "answers_median_p90": [quantile([c.answers for c in courses], q) for q in (0.5, 0.9)],
+                "answers_median_95": median_interval([c.answers for c in courses]),
                 "requests_median": quantile([c.requests for c in courses], 0.5),
                 "found": len(found) / len(courses),
                 "stand_out": float(told), "all_requests_answers_median": quantile([c.answers for c in diverted(library, answers[honest], answers[other], 1.0, 20, generator, e_value)], 0.5),
             }  # fmt: skip
     document.reported["diverted_5_percent"] = rows
     for other in TARGETS:
-        medians = [row["answers_median_p90"][0] for name, row in rows.items() if name.startswith(other)]
+        medians = [
+            (row["answers_median_p90"][0], row["answers_median_95"])
+            for name, row in rows.items()
+            if name.startswith(other)
+        ]
         if medians:
-            document.figures[f"{other}_5_percent_answers_median"] = Figure(max(medians), "whole answers, worst honest engine", "<= 50", max(medians) <= 50)  # fmt: skip
+            worst, interval = max(medians)
+            document.figures[f"{other}_5_percent_answers_median"] = Figure(worst, f"whole answers, worst honest engine; 95 %: {interval[0]:g} to {interval[1]:g}", "<= 50", worst <= 50, interval)  # fmt: skip
     shares: dict[str, Any] = {}
     honest, other = HONEST_NAMES[0], TARGETS[0]
     if honest in answers and other in answers:
@@ -346,7 +363,7 @@ def main() -> int:
     assert library is not None
     generator = np.random.default_rng(arguments.seed)
     document = Document("whole_answers")
-    orders = 40 if arguments.quick else ORDERS
+    orders, target_orders = (40, 40) if arguments.quick else (ORDERS, TARGET_ORDERS)
     started = time.monotonic()
     names = (HONEST_NAMES[0], TARGETS[0]) if arguments.quick else (*HONEST_NAMES, *TARGETS, *FINER)
     answers, came = {}, 0
@@ -357,7 +374,7 @@ def main() -> int:
             answers[name], again = answers_of(name, bundle, library)
             came += again
     document.reported["asked again at temperature 0"] = f"{came} of {REPEATED * len(answers)} gave the same text"
-    found_by(document, library, answers, orders, generator, policy.differs_e_value)
+    found_by(document, library, answers, orders, target_orders, generator, policy.differs_e_value)
     served_alone(document, library, answers, orders, generator, policy.differs_e_value)
     left_out(document, library, policy.stack_margin, 2 if arguments.quick else 20, generator, policy.differs_e_value)
     say(f"took {time.monotonic() - started:.0f} s")
@@ -381,12 +398,14 @@ def table(document: Document) -> str:
         for name, f in document.figures.items()
     ]
     lines += [
-        "", f"{SHARE:.0%} of the requests answered by something else ({ORDERS} orders of {len(load_bundle(BUNDLE).usable_probes(load_bundle(BUNDLE).pool_at('whole')))} prompts):", "",  # type: ignore[arg-type]
-        "| served | seen by the pool's choice | whole answers until it is said, median / 90 % | with repeats, median | found within the pool | its answers that stand out | where it answers everything, median |", "|---|---|---|---|---|---|---|",
+        "", f"{SHARE:.0%} of the requests answered by something else (orders of {len(load_bundle(BUNDLE).usable_probes(load_bundle(BUNDLE).pool_at('whole')))} prompts):", "",  # type: ignore[arg-type]
+        "| served | seen by the pool's choice | orders | whole answers until it is said, median (95 %) / 90 % | with repeats, median | found within the pool | its answers that stand out | where it answers everything, median |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in document.reported["diverted_5_percent"].items():
-        pair = " / ".join(_shown(n) for n in row["answers_median_p90"])
-        lines.append(f"| {name} | {'yes' if name.startswith(SEEN) else 'no'} | {pair} | {_shown(row['requests_median'])} | {row['found']:.0%} | {row['stand_out']:.0%} | {_shown(row['all_requests_answers_median'])} |")  # fmt: skip
+        median, p90 = (_shown(n) for n in row["answers_median_p90"])
+        low, high = (_shown(n) for n in row["answers_median_95"])
+        pair = f"{median} ({low} to {high}) / {p90}"
+        lines.append(f"| {name} | {'yes' if name.startswith(SEEN) else 'no'} | {row['orders']:,} | {pair} | {_shown(row['requests_median'])} | {row['found']:.0%} | {row['stand_out']:.0%} | {_shown(row['all_requests_answers_median'])} |")  # fmt: skip
     lines += ["", f"Intervals of the share after the whole pool, {TARGETS[0]} behind {HONEST_NAMES[0]}:", ""]
     lines += [
         f"- {name}: coverage {row['coverage']:.3f}, mean width {row['mean_width']:.3f}"

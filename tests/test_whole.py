@@ -251,6 +251,7 @@ def test_what_stands_out_twice_is_asked_for_once_more() -> None:
         ([WHOLE, SURE], [WHOLE] * 6, False),  # one answer is none
         ([TIE, WHOLE], [WHOLE] * 6, True),  # an honest stack's answer, too
         ([STRANGE, WHOLE], [WHOLE] * 6, False),
+        ([Leaving(1), WHOLE], [WHOLE] * 6, False),  # cut short
         ([WHOLE, WHOLE], [WHOLE] * 5 + [TIE], True),
         ([WHOLE, WHOLE], [WHOLE, TIE] * 3, False),  # nothing comes again: the prompt may be another one each time
         ([WHOLE, WHOLE], [WHOLE] * 3, False),  # too few to know

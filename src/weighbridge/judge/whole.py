@@ -359,7 +359,8 @@ def _again(
     for i, later in repeats:
         first = leavings[i]
         # It stayed on the path where it had left it, or left it before by a token by which an honest stack may.
-        honest = later.counts and not _is_strange(library, later) and not library.is_outstanding(places[i], later)
+        tells = bool(later.cells) and later.counts and not _is_strange(library, later)
+        honest = tells and not library.is_outstanding(places[i], later)
         other = later.kept > first.kept or (honest and later.cells != first.cells)
         found.setdefault(i, []).append(other if stand_out[i] else later.kept == first.kept)
     return found
