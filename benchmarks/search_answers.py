@@ -50,6 +50,7 @@ MOST_ALIKE, ALIKE_TOKENS = 2, 4  # so many answers that begin with the same toke
 MARGIN = 1.25
 LIMIT_NATS = 0.067  # noise that an honest stack may have in the embedded library
 HONEST = {"hf-bfloat16": LocalSetting(dtype="bfloat16"), "hf-bfloat16-eager": LocalSetting(dtype="bfloat16", attention="eager")}  # fmt: skip
+FAIRNESS = 8  # the larger, the more is given to the departure told least of
 SEED = 1
 
 
@@ -230,9 +231,7 @@ def main() -> None:
     first = np.array([*told.values()]).sum(axis=0)
     second = sorted(sorted(range(len(fits)), key=lambda i: (-first[i], -fits[i][0]))[: SECOND // scale])
     told |= {name: tell(name, second) for name in SEEN if name not in FIRST}
-    chosen = sorted(
-        choose(np.array([*told.values()]), [fit[0] for fit in fits], CHOSEN // scale), key=lambda i: fits[i][1]
-    )
+    chosen = choose(np.array([*told.values()]), [fit[0] for fit in fits], CHOSEN // scale)
     for name in SEEN:
         print(f"{name}: {np.mean([told[name][i] for i in chosen]):.2f} of the chosen stand out", flush=True)
     rule = f"the reference's own likeliest answers of {TOKENS} tokens; those that 4-bit weights are expected to leave most often where the reference leads by {LEAD_NATS:g} nats ({MOST_ALIKE} at most that begin alike), of these {PRESELECTED // scale} the {SECOND // scale} that tell most of {', '.join(FIRST)}, and of these, one after another, what tells most of those of {', '.join(SEEN)} that the chosen ones tell least of: they leave it, as their text tells, by a token by which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}, and {' and '.join(HONEST)} do not leave it"
@@ -252,10 +251,10 @@ def main() -> None:
 
 
 def choose(told: NDArray[np.bool_], expected_of: list[float], count: int) -> list[int]:
-    """One after another what tells most of those departures that the chosen ones tell least of; of told, shape (departures, answers)."""
+    """One after another what tells most of those departures that the chosen ones tell least of; in this order; of told, shape (departures, answers)."""
     chosen: list[int] = []
     for _ in range(count):
-        worth = (told / (1 + told[:, chosen].sum(axis=1, keepdims=True))).sum(axis=0)
+        worth = (told / (1 + told[:, chosen].sum(axis=1, keepdims=True)) ** FAIRNESS).sum(axis=0)
         chosen.append(max(set(range(told.shape[1])) - set(chosen), key=lambda i: (worth[i], expected_of[i])))
     return chosen
 

@@ -5,7 +5,7 @@
 candidates and emulated; nothing else.
 
 *What is reported on.* Whole answers that were really served, over HTTP and without logprobs, on llama.cpp or on transformers in bfloat16; kept under
-.benchmarks-cache/whole/. Requests are then diverted by chance, each by itself, from an honest endpoint's answers to a departure's, in random orders of the
+.benchmarks-cache/whole/. Requests are then diverted by chance, each by itself, from an honest endpoint's answers to a departure's, in the order of the
 pool, and judged as in an audit whose first tokens left nothing but the fifth of the wealth that is kept. int4-g64, nf4-g128, int5-g64, W8A8 and int8 the choice
 has not seen.
 
@@ -65,7 +65,7 @@ from weighbridge.store import RunFolder
 Generator = np.random.Generator
 Flags = NDArray[np.bool_]
 BUNDLE = "smollm2-135m-instruct"
-ORDERS, TARGET_ORDERS = 300, 1000  # of what has a target more, since a median of 300 is known to some four answers
+AUDITS, TARGET_AUDITS = 300, 1000  # of what has a target more, since a median of 300 is known to some four answers
 SHARE = 0.05
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2)
 SEEN = (
@@ -144,19 +144,19 @@ def answers_of(name: str, bundle: Bundle, library: WholeLibrary) -> tuple[Answer
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """What one order came to: whole answers and requests until it is said, and which answers stand out of all of the pool."""
+    """What one audit came to: whole answers and requests until it is said, and which answers stand out of all of the pool."""
 
     answers: float
     requests: float
     stand_out: Flags
 
 
-# Thousands of orders of the same answers ask for the same likelihoods.
+# Thousands of audits of the same answers ask for the same likelihoods.
 WholeLibrary.drawn = functools.cache(WholeLibrary.drawn)  # type: ignore[method-assign]
 
 
 def audit(library: WholeLibrary, order: list[int], answer: Callable[[int], Leaving], e_value: float) -> Course:
-    """One order of the pool, as an audit goes: first answers until temperature 0 is rejected, then repeats; and again whenever one more stands out."""
+    """As an audit goes: first answers until temperature 0 is rejected, then repeats; and again whenever one more stands out."""
     leavings = [answer(place) for place in order]
     out = np.array([library.is_outstanding(p, left) for p, left in zip(order, leavings, strict=True)], np.bool_)
     kept = float(np.log(KEPT_FOR_DRAWS))
@@ -181,15 +181,15 @@ def diverted(
     honest: Answered,
     other: Answered,
     epsilon: float,
-    orders: int,
+    audits: int,
     generator: Generator,
     e_value: float,
 ) -> list[Course]:
     """Audits of an endpoint that sends each request elsewhere by a throw of its own."""
-    places = [place for place in honest if place in other]
+    places = sorted(place for place in honest if place in other)
     return [
-        audit(library, generator.permutation(places).tolist(), lambda p: (other if generator.random() < epsilon else honest)[p], e_value)
-        for _ in range(orders)
+        audit(library, places, lambda p: (other if generator.random() < epsilon else honest)[p], e_value)
+        for _ in range(audits)
     ]  # fmt: skip
 
 
@@ -209,8 +209,8 @@ def found_by(
     document: Document,
     library: WholeLibrary,
     answers: dict[str, Answered],
-    orders: int,
-    target_orders: int,
+    audits: int,
+    target_audits: int,
     generator: Generator,
     e_value: float,
 ) -> None:
@@ -220,12 +220,12 @@ def found_by(
         for other in (*TARGETS, *FINER):
             if honest not in answers or other not in answers:
                 continue
-            count = target_orders if other in TARGETS else orders
+            count = target_audits if other in TARGETS else audits
             courses = diverted(library, answers[honest], answers[other], SHARE, count, generator, e_value)
             told = np.mean([library.is_outstanding(p, left) for p, left in answers[other].items()])
             found = [c for c in courses if np.isfinite(c.answers)]
             rows[f"{other} behind {honest}"] = {
-                "orders": len(courses), "answers_median_p90": [quantile([c.answers for c in courses], q) for q in (0.5, 0.9)],
+                "audits": len(courses), "answers_median_p90": [quantile([c.answers for c in courses], q) for q in (0.5, 0.9)],
                 "answers_median_95": median_interval([c.answers for c in courses]),
                 "requests_median": quantile([c.requests for c in courses], 0.5),
                 "found": len(found) / len(courses),
@@ -246,7 +246,7 @@ def found_by(
     if honest in answers and other in answers:
         departures = coarse(library)
         for epsilon in SHARES:
-            courses = diverted(library, answers[honest], answers[other], epsilon, orders, generator, e_value)
+            courses = diverted(library, answers[honest], answers[other], epsilon, audits, generator, e_value)
             n = len(courses[0].stand_out)
             rates = Rates(HONEST_CHANCE, float(library.told[departures].mean(axis=1).min()))
             for kind, interval in (("fixed", share_interval), ("anytime", anytime_share_interval)):
@@ -257,15 +257,8 @@ def found_by(
     document.reported["share_intervals_served"] = shares
 
 
-def served_alone(
-    document: Document,
-    library: WholeLibrary,
-    answers: dict[str, Answered],
-    orders: int,
-    generator: Generator,
-    e_value: float,
-) -> None:
-    """What is said of endpoints that send everything to one and the same."""
+def served_alone(document: Document, library: WholeLibrary, answers: dict[str, Answered]) -> None:
+    """How many answers stand out of endpoints that send everything to one and the same."""
     wrong = 0
     counted = 0
     rows = {}
@@ -274,12 +267,9 @@ def served_alone(
         whole = sum(not left.cells for left in own.values())
         rows[name] = f"{whole} of {len(own)} the reference's own, {out} stand out"
         if name in HONEST_NAMES:
-            wrong += sum(
-                bool(np.isfinite(c.answers)) for c in diverted(library, own, own, 0.0, orders, generator, e_value)
-            )
-            counted += orders
+            wrong, counted = wrong + out, counted + len(own)
     document.reported["whole_answers_served"] = rows
-    document.figures["honest_served_differs"] = Figure(wrong, f"of {counted} orders", "0", bool(wrong == 0))
+    document.figures["honest_served_answers_standing_out"] = Figure(wrong, f"of {counted}", "0", bool(wrong == 0))
 
 
 # -- honest stacks, their family left out ---------------------------------------------------------------------------
@@ -317,7 +307,7 @@ def _drawn_again(library: WholeLibrary, stack: int, temperature: float, generato
 
 
 def left_out(
-    document: Document, library: WholeLibrary, margin: float, orders: int, generator: Generator, e_value: float
+    document: Document, library: WholeLibrary, margin: float, times: int, generator: Generator, e_value: float
 ) -> None:
     """Every honest family against a library that lacks it: what stands out at temperature 0, and what is said at others."""
     stacks = library.paths.stacks
@@ -334,10 +324,10 @@ def left_out(
         out, counted = out + int(sum(flags)), counted + len(flags)
         said: dict[str, int] = {}
         for temperature in TEMPERATURES:
-            for _ in range(orders):
+            for _ in range(times):
                 i = int(generator.choice(members))
                 answer = functools.partial(_drawn_again, own, i, temperature, generator)
-                course = audit(own, generator.permutation(n).tolist(), answer, e_value)
+                course = audit(own, [*range(n)], answer, e_value)
                 wrong, audits = wrong + int(np.isfinite(course.answers)), audits + 1
                 said[str(temperature)] = said.get(str(temperature), 0) + int(np.isfinite(course.answers))
         rows[family] = {"stacks": len(members), "stand_out_at_0": int(sum(flags)), "said_to_differ": said}
@@ -363,7 +353,7 @@ def main() -> int:
     assert library is not None
     generator = np.random.default_rng(arguments.seed)
     document = Document("whole_answers")
-    orders, target_orders = (40, 40) if arguments.quick else (ORDERS, TARGET_ORDERS)
+    audits, target_audits = (40, 40) if arguments.quick else (AUDITS, TARGET_AUDITS)
     started = time.monotonic()
     names = (HONEST_NAMES[0], TARGETS[0]) if arguments.quick else (*HONEST_NAMES, *TARGETS, *FINER)
     answers, came = {}, 0
@@ -374,8 +364,8 @@ def main() -> int:
             answers[name], again = answers_of(name, bundle, library)
             came += again
     document.reported["asked again at temperature 0"] = f"{came} of {REPEATED * len(answers)} gave the same text"
-    found_by(document, library, answers, orders, target_orders, generator, policy.differs_e_value)
-    served_alone(document, library, answers, orders, generator, policy.differs_e_value)
+    found_by(document, library, answers, audits, target_audits, generator, policy.differs_e_value)
+    served_alone(document, library, answers)
     left_out(document, library, policy.stack_margin, 2 if arguments.quick else 20, generator, policy.differs_e_value)
     say(f"took {time.monotonic() - started:.0f} s")
     if arguments.out is not None:
@@ -398,14 +388,14 @@ def table(document: Document) -> str:
         for name, f in document.figures.items()
     ]
     lines += [
-        "", f"{SHARE:.0%} of the requests answered by something else (orders of {len(load_bundle(BUNDLE).usable_probes(load_bundle(BUNDLE).pool_at('whole')))} prompts):", "",  # type: ignore[arg-type]
-        "| served | seen by the pool's choice | orders | whole answers until it is said, median (95 %) / 90 % | with repeats, median | found within the pool | its answers that stand out | where it answers everything, median |", "|---|---|---|---|---|---|---|---|",
+        "", f"{SHARE:.0%} of the requests answered by something else (audits of {len(load_bundle(BUNDLE).usable_probes(load_bundle(BUNDLE).pool_at('whole')))} prompts):", "",  # type: ignore[arg-type]
+        "| served | seen by the pool's choice | audits | whole answers until it is said, median (95 %) / 90 % | with repeats, median | found within the pool | its answers that stand out | where it answers everything, median |", "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in document.reported["diverted_5_percent"].items():
         median, p90 = (_shown(n) for n in row["answers_median_p90"])
         low, high = (_shown(n) for n in row["answers_median_95"])
         pair = f"{median} ({low} to {high}) / {p90}"
-        lines.append(f"| {name} | {'yes' if name.startswith(SEEN) else 'no'} | {row['orders']:,} | {pair} | {_shown(row['requests_median'])} | {row['found']:.0%} | {row['stand_out']:.0%} | {_shown(row['all_requests_answers_median'])} |")  # fmt: skip
+        lines.append(f"| {name} | {'yes' if name.startswith(SEEN) else 'no'} | {row['audits']:,} | {pair} | {_shown(row['requests_median'])} | {row['found']:.0%} | {row['stand_out']:.0%} | {_shown(row['all_requests_answers_median'])} |")  # fmt: skip
     lines += ["", f"Intervals of the share after the whole pool, {TARGETS[0]} behind {HONEST_NAMES[0]}:", ""]
     lines += [
         f"- {name}: coverage {row['coverage']:.3f}, mean width {row['mean_width']:.3f}"

@@ -31,9 +31,10 @@ from weighbridge.judge.whole import (
     read_whole,
 )
 from weighbridge.plan import check_draw, make_plan
+from weighbridge.probes import load_pool
 from weighbridge.records import Capability, Endpoint, Finding, Observation
 from weighbridge.reference.bundle import Precision, StackRecord, load_bundle
-from weighbridge.reference.paths import MOST_REPEATS, Paths
+from weighbridge.reference.paths import MOST_REPEATS, Paths, paths_of
 from weighbridge.stats.draws import cell_logprobs
 from weighbridge.stats.honest import tail_chance
 from weighbridge.stats.paths import Leaving, leaving
@@ -289,13 +290,14 @@ def test_most_answers_of_4_bit_weights_stand_out(embedded: WholeLibrary) -> None
     assert told[names.index("int8")] == 0
 
 
-def test_a_plan_holds_every_whole_answer_once_in_the_order_of_its_draw() -> None:
+def test_a_plan_holds_every_whole_answer_once_what_tells_most_first() -> None:
     bundle = load_bundle("smollm2-135m-instruct")
     endpoint = Endpoint(name="x", base_url="http://127.0.0.1:1/v1", model="m")
     plans = [make_plan(endpoint, load_policy("strict"), bundle, seed=seed) for seed in ("1", "2")]
     orders = [[r.probe.id for r in plan.whole_requests] for plan in plans]
-    assert orders[0] != orders[1]
-    assert sorted(orders[0]) == sorted(orders[1])
+    known = paths_of(bundle)
+    assert known is not None
+    assert orders[0] == orders[1] == known.probe_ids == [probe.id for probe in load_pool("whole-answer").probes]
     assert len(set(orders[0])) == 100
     assert all(r.max_tokens == 16 and r.probe.messages[-1].role == "user" for r in plans[0].whole_requests)
     check_draw(plans[0], bundle)

@@ -161,7 +161,7 @@ def make_plan(
         ]
         prompts = _prompt_requests(bundle)
         texts = _text_requests(bundle, seed)
-        whole = _whole_requests(bundle, seed)
+        whole = _whole_requests(bundle)
     run_id = run_id or secrets.token_hex(8)
     sampling = _sampling_requests(endpoint, bundle, run_id)
     capability = capability_requests()
@@ -207,7 +207,7 @@ def check_draw(plan: Plan, bundle: Bundle) -> None:
     as_drawn = not plan.probe_requests or [r.probe.id for r in plan.probe_requests] == drawn
     # Plans that were made before texts were compared have none.
     as_drawn = as_drawn and (not plan.text_requests or plan.text_requests == _text_requests(bundle, plan.draw.seed))
-    as_drawn = as_drawn and (not plan.whole_requests or plan.whole_requests == _whole_requests(bundle, plan.draw.seed))
+    as_drawn = as_drawn and (not plan.whole_requests or plan.whole_requests == _whole_requests(bundle))
     if not as_drawn or plan.draw.commitment != committed or not fixed:
         raise RunFolderError(
             "the plan's probes are not the draw of its seed", "A run whose plan was changed cannot be judged"
@@ -238,14 +238,17 @@ def _text_requests(bundle: Bundle, seed: str) -> list[PlannedRequest]:
     ]
 
 
-def _whole_requests(bundle: Bundle, seed: str) -> list[PlannedRequest]:
-    """What is asked for a whole answer where no logprobs are returned, in the order of the draw."""
+def _whole_requests(bundle: Bundle) -> list[PlannedRequest]:
+    """What is asked for a whole answer where no logprobs are returned, in the pool's order: what tells most comes first.
+
+    What an honest stack may do is known of each answer by itself, so nothing has to be drawn.
+    """
     recorded = bundle.pool_at("whole")
     if recorded is None or paths_of(bundle) is None:
         return []
-    by_id = {probe.id: probe for probe in pool_at_hand(bundle, recorded).probes}
-    drawn = draw(bundle.usable_probes(recorded), seed)
-    return [_answered(bundle, f"{WHOLE}{n:04d}", by_id[probe_id]) for n, probe_id in enumerate(drawn, start=1)]
+    usable = set(bundle.usable_probes(recorded))
+    probes = [probe for probe in pool_at_hand(bundle, recorded).probes if probe.id in usable]
+    return [_answered(bundle, f"{WHOLE}{n:04d}", probe) for n, probe in enumerate(probes, start=1)]
 
 
 def _prompt_requests(bundle: Bundle) -> list[PlannedRequest]:

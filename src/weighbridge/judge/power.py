@@ -208,8 +208,9 @@ def diversions(library: WholeLibrary, policy: Policy, *, draws: int = DRAWS, see
     out = []
     for index, told in zip(library.departures, library.told, strict=True):
         stack = library.paths.stacks[index]
-        order = np.argsort(generator.random((draws, told.size)), axis=1)
-        shown = (told[order] > 0) & (generator.random(order.shape) < DIVERTED_SHARE)
+        shown = (told > 0) & (
+            generator.random((draws, told.size)) < DIVERTED_SHARE
+        )  # in the order in which they are asked
         course = kept + stand_out_process(shown, false_positive=HONEST_CHANCE)
         enough = shown.cumsum(axis=-1) >= MIN_STANDING_OUT
         needed = _first((course >= np.log(policy.differs_e_value)) & enough, 1)

@@ -23,6 +23,7 @@ class Paths:
     Attributes
     ----------
     probe_ids : list of str
+        In the pool's order, in which an audit asks them.
     rows : list of slice
         Which of the R tokens are those of each answer.
     tokens : list of bytes
