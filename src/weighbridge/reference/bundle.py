@@ -28,7 +28,7 @@ from weighbridge.records import BundleIdentity, Cause, PoolIdentity, Record, che
 from weighbridge.reference.licence import LicenceRecord, bundled_text
 
 # The embedded bundles, pinned: the digest of each one's manifest.
-EMBEDDED = {"smollm2-135m-instruct": "4df7d673ac36932e7b90af9810489acc20f6c2bbb9ec26d3bd7a6b6b697c105a"}
+EMBEDDED = {"smollm2-135m-instruct": "4a41b40ca9bd68efaa77b720c0bd254b0d21c3d0c6520c6a112be33179244bed"}
 OFFICIAL = "official"  # the model's own chat template
 NAME = r"^[a-z0-9][a-z0-9._-]{0,79}$"  # of a stack, pool or bundle; some name a folder, so none begins with a dot
 SCHEMA_FILE = Path(__file__).resolve().parent.parent / "schemas" / "bundle-3.json"
