@@ -732,9 +732,13 @@ def evasion(document: Document, bundle: Bundle, policy: Policy, *, quick: bool) 
         rows[name] = _audit(name, bundle, policy, weights, lies)
         say(f"evasion: {name}: {rows[name]}")
     document.reported["evasion"] = rows
-    wrong = [name for name, row in rows.items() if name.startswith("f16") and row["verdict"].startswith("differs")]
+    honest = {name: row for name, row in rows.items() if name.startswith("f16")}
+    wrong = sum(row["verdict"].startswith("differs") for row in honest.values())
     document.figures["evasive_honest_weights_differ"] = Figure(
-        len(wrong), f"of the endpoints that serve the original weights and lie otherwise {wrong}", "0", not wrong
+        wrong,
+        f"of {len(honest)} endpoints that serve the original weights and lie otherwise",
+        "0",
+        wrong == 0 and bool(honest),
     )
 
 

@@ -208,9 +208,8 @@ def diversions(library: WholeLibrary, policy: Policy, *, draws: int = DRAWS, see
     out = []
     for index, told in zip(library.departures, library.told, strict=True):
         stack = library.paths.stacks[index]
-        shown = (told > 0) & (
-            generator.random((draws, told.size)) < DIVERTED_SHARE
-        )  # in the order in which they are asked
+        # In the pool's order, as an audit asks.
+        shown = (told > 0) & (generator.random((draws, told.size)) < DIVERTED_SHARE)
         course = kept + stand_out_process(shown, false_positive=HONEST_CHANCE)
         enough = shown.cumsum(axis=-1) >= MIN_STANDING_OUT
         needed = _first((course >= np.log(policy.differs_e_value)) & enough, 1)
