@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,21 +16,9 @@ import pytest
 import weighbridge.audit
 import weighbridge.plan
 from weighbridge.cli import main
-from weighbridge.lab.variants import VARIANTS
 from weighbridge.reference.bundle import Bundle
 
 REFERENCE = "smollm2-135m-instruct"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Let a server have one thread where several processes test at once: on busy processors its threads wait for each other."""
-    if hasattr(config, "workerinput"):
-        VARIANTS.update(
-            {
-                name: replace(variant, settings=replace(variant.settings, threads=1))
-                for name, variant in VARIANTS.items()
-            }
-        )
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def library() -> Library:
 @cache
 def plan() -> Plan:
     endpoint = Endpoint(name="made up", base_url="http://127.0.0.1:1/v1", model="made-up")
-    return make_plan(endpoint, POLICY, library().bundle, seed="x")
+    # The run's id stands in the prompts, on which the hosts' draws depend.
+    return make_plan(endpoint, POLICY, library().bundle, seed="x", run_id="0123456789abcdef")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from weighbridge.history.row import ROW, Row, make_row, read_row
 
 Run = dict[str, Any]
 INDEX = "history.sqlite"
+TIMEOUT_S = 60  # for which another command that writes is waited for
 # Each is applied once, in order; what has been published is never changed, only added to.
 MIGRATIONS = (
     """
@@ -90,11 +92,11 @@ def _unusable(path: Path, error: sqlite3.Error) -> RunFolderError:
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=60)
+        connection = sqlite3.connect(path, timeout=TIMEOUT_S)
     except (OSError, sqlite3.OperationalError) as error:
         raise RunFolderError(f"{path} cannot be opened ({error})", "Check the folder and the disk") from None
     try:
-        connection.execute("PRAGMA journal_mode=WAL")
+        _write_ahead(connection)
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             raise RunFolderError(
@@ -111,6 +113,20 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Turn on the write-ahead log; SQLite waits for nobody there, whatever the connection's timeout."""
+    until = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
