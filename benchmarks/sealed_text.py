@@ -1,12 +1,12 @@
 """An endpoint that returns only text and serves the original weights to whoever sends published probes: what one sealed draw says of it.
 
 As a user would, with the installed commands: a key, a pool generated from it, its candidates recorded and chosen from, a bundle of the chosen ones on
-`STACKS`, and audits over HTTP of lab endpoints on llama.cpp, none of whose weights is recorded there. The same endpoints are asked for the public
-pools as well.
+`HONEST` and `DEPARTURES`, and audits over HTTP of lab endpoints on llama.cpp. Q4_0 is not recorded there; the honest endpoint is, so that it is
+consistent says little of engines that nobody recorded. The same endpoints are asked for the public pools as well.
 
     python benchmarks/sealed_text.py [--seed 1] [--json]
 
-Needs the extras lab and hf; a quarter of an hour on two cores. Bundles and runs stay under .benchmarks-cache/sealed/; with what is on the disk
+Needs the extras lab and hf; half an hour on two cores beside another benchmark. Bundles and runs stay under .benchmarks-cache/sealed/; with what is on the disk
 nothing is asked again.
 """
 

@@ -1,6 +1,6 @@
 """Search for prompts whose whole answer tells 4-bit weights as text.
 
-    python benchmarks/search_answers.py --version 2 --out FOLDER [--key-file FILE --id POOL] [--quick]
+    python benchmarks/search_answers.py --version 3 --out FOLDER [--key-file FILE --id POOL] [--quick]
 
 The reference answers many short prompts greedily. Kept are those whose path 4-bit weights are
 expected to leave at a place where the reference is sure of itself; of these, in two rounds, those whose text tells `SEEN` from every honest stack. What an honest stack may do is
@@ -220,9 +220,8 @@ def main() -> None:
         setting = LocalSetting(dtype="bfloat16", weights=name)
         rows = [row for place in places for row in range(TOKENS * place, TOKENS * (place + 1))]
         best = np.full(len(own), -1)
-        best[rows] = score(setting, checkpoint, [prompts[i] for i in places], None, 1, arguments.out / f"{name}.npz")[
-            0
-        ][:, 0]
+        asked = [prompts[i] for i in places]
+        best[rows] = score(setting, checkpoint, asked, None, 1, arguments.out / f"{name}.npz")[0][:, 0]
         out = np.zeros(len(fits), np.bool_)
         out[places] = told_by(library, columns, own, best)[places] & sure[places]
         return out
@@ -233,7 +232,10 @@ def main() -> None:
     told |= {name: tell(name, second) for name in SEEN if name not in FIRST}
     chosen = choose(np.array([*told.values()]), [fit[0] for fit in fits], CHOSEN // scale)
     for name in SEEN:
-        print(f"{name}: {np.mean([told[name][i] for i in chosen]):.2f} of the chosen stand out", flush=True)
+        # The first round has seen it where it is one of `FIRST`.
+        unseen = choose(np.array([told[n] for n in SEEN if n != name]), [fit[0] for fit in fits], CHOSEN // scale)
+        shares = [float(np.mean(told[name][places])) for places in (chosen, unseen, unseen[: len(unseen) // 2])]
+        print("{}: {:.2f} of the chosen stand out; {:.2f} where the last choice does not see it, {:.2f} of the first half".format(name, *shares), flush=True)  # fmt: skip
     rule = f"the reference's own likeliest answers of {TOKENS} tokens; those that 4-bit weights are expected to leave most often where the reference leads by {LEAD_NATS:g} nats ({MOST_ALIKE} at most that begin alike), of these {PRESELECTED // scale} the {SECOND // scale} that tell most of {', '.join(FIRST)}, and of these, one after another, what tells most of those of {', '.join(SEEN)} that the chosen ones tell least of: they leave it, as their text tells, by a token by which an honest stack does in fewer than one of {1 / HONEST_CHANCE:,.0f}, and {' and '.join(HONEST)} do not leave it"
     prefix = "whole" if arguments.key_file is None else arguments.id  # several sealed pools may stand in one bundle
     selection = {

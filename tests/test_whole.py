@@ -494,9 +494,8 @@ def test_repeats_are_asked_again_whenever_one_more_stands_out() -> None:
     again = [(0, WHOLE), (1, SURE), (1, SURE), *((i, WHOLE) for i in range(2, 10))]
     assert not is_owed([SURE, *rest], [])
     assert is_owed([*two, *rest], [])
-    assert not is_owed(
-        [*two, *rest], again
-    )  # the second one came again each time: not settled, and nothing more to ask for
+    # The second one came again each time: not settled, and nothing more to ask for.
+    assert not is_owed([*two, *rest], again)
     assert is_owed([*two, *rest, SURE], again)
     assert not is_owed([*two, *rest, SURE], [*again, (22, WHOLE)])
     assert not is_owed([*two, *rest, SURE], again, diverted=True)

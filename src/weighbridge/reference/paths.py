@@ -11,7 +11,7 @@ from weighbridge.reference.bundle import Bundle, StackRecord
 from weighbridge.stats.draws import cell_logprobs
 
 Floats = NDArray[np.float64]
-# Tokens that are kept of every place of an answer. 4-bit weights leave one answer in 30 by another one; with 8 it was one in five.
+# Tokens that are kept of every place of an answer. 4-bit weights leave one answer in 30 by another one; with 8 it was one in five (dd-009, item 24).
 KEPT = 32
 MOST_REPEATS = 16  # of answers that an audit asks for again
 
