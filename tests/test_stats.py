@@ -66,35 +66,39 @@ def reals(low: float, high: float) -> st.SearchStrategy[float]:
 # -- residuals -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stake", [1.0, 0.4])
-@pytest.mark.parametrize("exceptions", [(), (0,), (4,), (0, 3)])
+@pytest.mark.parametrize("used_up", [False, True])
+@pytest.mark.parametrize("exceptions", [(), (0,), (2,), (4,), (0, 2), (0, 3), (1, 2), (3, 4)])
 def test_exceptions_that_are_allowed_are_no_evidence_wherever_they_are(
-    exceptions: tuple[int, ...], stake: float
+    exceptions: tuple[int, ...], used_up: bool
 ) -> None:
     """The wealth's mean over all orders of a small pool is at most 1 after each draw, for every set of exceptions that is allowed."""
     usual = np.array([0.2, 0.9, 0.5, 1.0, 0.7, np.nan])
     other = np.array([3.0, 2.0, 4.0, 3.5, 1.5, 9.0])
-    gain = np.sort((other - usual)[:5])[::-1][:2].sum()
-    scores = np.where(np.isin(np.arange(6), exceptions), other, usual)
+    at_most = np.pad(np.sort((other - usual)[:5])[::-1].cumsum(), (1, 0))
     orders = np.array(list(itertools.permutations(range(6))))
-    wealth = np.exp(
-        exceptions_process(
-            scores[orders],
-            usual[orders],
-            usual_total=float(np.nansum(usual)),
-            pool=5,
-            exceptions=float(gain),
-            stakes=[stake],
-        )[0]
+    flips = np.isin(orders, exceptions)
+    left = 2 - (flips.cumsum(axis=1) - flips) if used_up else np.full(orders.shape, 2)
+    process = exceptions_process(
+        np.where(flips, other[orders], usual[orders]),
+        usual[orders],
+        usual_total=float(np.nansum(usual)),
+        pool=5,
+        exceptions=at_most[left],
     )
-    assert (wealth.mean(axis=0) <= 1 + 1e-12).all()
+    assert (np.exp(process).mean(axis=0) <= 1 + 1e-12).all()
 
 
 def test_more_exceptions_than_are_allowed_are_evidence() -> None:
     usual = np.full(200, 0.4)
-    scores = np.where(np.arange(200) % 2 == 0, 30.0, usual)
-    log_wealth = exceptions_process(scores, usual, usual_total=80.0, pool=200, exceptions=3 * 29.6, stakes=[1.0])[0]
-    assert log_wealth[40] > np.log(1000)
+    flips = np.arange(200) % 2 == 0
+    scores = np.where(flips, 30.0, usual)
+    throughout = exceptions_process(scores, usual, usual_total=80.0, pool=200, exceptions=3 * 29.6)
+    assert throughout[40] > np.log(1000)
+    # Each that was seen is one fewer that is left.
+    left = np.maximum(3 - (flips.cumsum() - flips), 1)
+    used_up = exceptions_process(scores, usual, usual_total=80.0, pool=200, exceptions=29.6 * left)
+    assert used_up[2] > throughout[2] + np.log(1.4)
+    assert used_up[6] > throughout[6] + np.log(8)
 
 
 def test_the_centred_difference_is_endpoint_minus_reference_without_its_mean() -> None:

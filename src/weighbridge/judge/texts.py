@@ -27,11 +27,12 @@ from weighbridge.stats.texts import TEMPERATURES, answer_log_likelihood, flip_pr
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 TOP_LOGPROBS = 20  # over which the noise of honest stacks is stated
-# Multiples of the honest limit at which bets on a departure of that size are placed, and shares of the wealth that are staked.
-NOISE_MULTIPLES = (3.0, 6.0, 16.0)
-STAKES = (1.0, 0.4, 0.12)
+# How much is bet, chosen on the recorded departures (dd-009, item 26).
+# Multiples of the honest limit at which bets on a departure of that size are placed, and the share of the wealth that is on them.
+NOISE_MULTIPLES = (3.0, 16.0, 40.0, 120.0)
+ON_SIZES = 0.7
 # Of the scale at which a departure's other answers just pay for those that an honest stack is allowed.
-SCALES = (1.0, 0.4)
+SCALES = (3.0, 1.0, 0.4)
 NEAR_A_TIE = 0.03
 KEPT_FOR_DRAWS = 0.2
 CONFIDENCE = 0.95
@@ -446,13 +447,16 @@ class _ColdBets:
         By which the probability of another answer is multiplied to be its score.
     other : float array, shape (sizes, N)
         Probability of any other answer under each bet on a size.
-    exceptions : float array, shape (B,)
-        The most that the allowed number of other answers adds to the sum of the scores, wherever they are.
+    inside : bool array, shape (N,)
+        The pool: contexts whose lead is beyond an honest stack's noise.
+    exceptions : float array, shape (B, allowed + 1)
+        The most that so many other answers in the pool, from none to the allowed number, add to the sum of the scores, wherever they are.
     """
 
     kept: Floats
     scale: Floats
     other: Floats
+    inside: NDArray[np.bool_]
     exceptions: Floats
 
 
@@ -477,12 +481,12 @@ def _cold_bets(library: TextLibrary, *, drawn: bool) -> _ColdBets:
         exact[:, place] = np.exp(rest.max(axis=1))
     most = np.concatenate([other, exact])
     allowed = exceptions_allowed(library, inside)
-    # With the larger one, what is expected of the departure pays for what is allowed to an honest stack.
+    # With a scale of 1, what is expected of the departure pays for what is allowed to an honest stack.
     fair = np.nansum(1 - kept, axis=1) / allowed
     scale = np.concatenate([factor * fair for factor in SCALES])
     kept, most = np.concatenate([kept] * len(SCALES)), np.concatenate([most] * len(SCALES))
     gains = np.sort(np.nan_to_num(np.maximum(scale[:, None] * most - kept, 0.0)), axis=1)[:, ::-1]
-    return _ColdBets(kept, scale, other, gains[:, :allowed].sum(axis=1))
+    return _ColdBets(kept, scale, other, inside, np.pad(gains[:, :allowed].cumsum(axis=1), ((0, 0), (1, 0))))
 
 
 def exceptions_allowed(library: TextLibrary, places: NDArray[np.bool_] | Ints) -> int:
@@ -496,7 +500,8 @@ def cold_process(
     """Log e-process of all bets against honest stacks at temperature 0 together.
 
     A bet is on a departure of some size, or on a recorded one, and scores an answer by its probability under it. An honest stack gives the
-    reference's answer in all contexts but a few; in which, and what it says there, is left open.
+    reference's answer in all contexts but a few; in which, and what it says there, is left open. Each other answer that was seen is one
+    fewer that is left; but one is always left, since how many are allowed is an estimate.
 
     Parameters
     ----------
@@ -512,6 +517,8 @@ def cold_process(
     bets = _cold_bets(library, drawn=drawn)
     total, pool = np.nansum(bets.kept, axis=1), np.isfinite(bets.kept).sum(axis=1)
     sizes, departures = len(NOISE_MULTIPLES), len(library.departures)
+    seen = flips & bets.inside[places]
+    left = np.maximum(bets.exceptions.shape[1] - 1 - (seen.cumsum(axis=-1) - seen), 1)
     weights: list[float] = []
     processes = []
     for bet, (kept, scale) in enumerate(zip(bets.kept, bets.scale, strict=True)):
@@ -519,18 +526,17 @@ def cold_process(
         other = bets.other[kind][places] if kind < sizes else np.exp(likelihood_nats[kind - sizes])
         usual = kept[places]
         scores = np.where(flips, scale * other, usual)
-        weights += [0.5 / sizes if kind < sizes else 0.5 / departures] * len(STAKES)
+        weights.append(ON_SIZES / sizes if kind < sizes else (1 - ON_SIZES) / departures)
         processes.append(
             exceptions_process(
                 scores,
                 usual,
                 usual_total=float(total[bet]),
                 pool=int(pool[bet]),
-                exceptions=float(bets.exceptions[bet]),
-                stakes=STAKES,
+                exceptions=bets.exceptions[bet][left],
             )
         )
-    return mixture(np.concatenate(processes), np.array(weights))
+    return mixture(np.stack(processes), np.array(weights))
 
 
 def _warm_likelihoods(

@@ -12,8 +12,6 @@ Every process bets with a bounded score of one number for each probe: the log of
 its cosine with a recorded departure.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -69,13 +67,13 @@ def bounded_score_process(
 
 
 def exceptions_process(
-    scores: Floats, usual_scores: Floats, *, usual_total: float, pool: int, exceptions: float, stakes: Sequence[float]
+    scores: Floats, usual_scores: Floats, *, usual_total: float, pool: int, exceptions: float | Floats
 ) -> Floats:
     """Log wealth after each probe of betting that more probes are exceptions than a null stack may have.
 
     The null is that each probe of the pool has the score that is usual for it, but for some, which ones is left open, that together raise
     the sum of all by `exceptions` at most. Probes are drawn without replacement, so the next one's score is expected to be at most what is
-    left of the usual sum, and all of the exceptions, over the number of probes that are left: a score over that is a factor.
+    left of the usual sum, and of the exceptions, over the number of probes that are left: a score over that is a factor.
 
     Parameters
     ----------
@@ -85,20 +83,19 @@ def exceptions_process(
         What is usual for the same probes; NaN where the bet says nothing of a probe, which moves nothing.
     usual_total : float
         Sum of the usual scores over the pool's probes of which the bet says something, `pool` in number.
-    exceptions : float
-    stakes : sequence of float
-        Shares of the wealth that are bet, in (0, 1]; one process for each.
+    exceptions : float, or float array of shape (..., n)
+        The most that exceptions among the probes that are left before each draw can add; one number takes all of them as left throughout.
 
     Returns
     -------
-    float array, shape (stakes, ..., n)
+    float array, shape (..., n)
     """
     known = np.isfinite(usual_scores)
     usual = np.where(known, usual_scores, 0.0)
     seen, count = usual.cumsum(axis=-1) - usual, known.cumsum(axis=-1) - known
     expected = (usual_total - seen + exceptions) / np.maximum(pool - count, 1)
-    gain = np.where(known, scores / np.maximum(expected, 1e-12) - 1, 0.0)
-    return np.stack([np.log(np.maximum(1 + stake * gain, 1e-300)).cumsum(axis=-1) for stake in stakes])
+    factors = np.where(known, scores / np.maximum(expected, 1e-12), 1.0)
+    return np.asarray(np.log(np.maximum(factors, 1e-300)).cumsum(axis=-1))
 
 
 def _mean_left(pool_mean: float, values: Floats, pool: int) -> Floats:
