@@ -473,9 +473,11 @@ def at_temperature_1(
         ratios_to = {name: rows[name]["MET"] / rows[name]["tokens_median_p90"][1] for name in members}
         least = min(ratios_to.values())
         given_up = [name for name in members if rows[name]["MET_given_up"]]
+        bounds = [rows[n]["MET"] / rows[n]["exact_likelihood_ratio_median_p90"][1] for n in members]
+        within = f"; of one who knows variant and temperature (Neyman-Pearson): {min(bounds):.1f}"
         remark = f"; MET was given up at {MET_TOKENS[-1]} for {', '.join(given_up)}: at least" if given_up else ""
         document.figures[f"L5_{variant}_over_MET"] = Figure(
-            least, f"MET's tokens for a power of {POWER} over our 90 %, the least of {', '.join(members)}{remark}", f">= {RATIO}", least >= RATIO
+            least, f"MET's tokens for a power of {POWER} over our 90 %, the least of {', '.join(members)}{within}{remark}", f">= {RATIO}", least >= RATIO
         )  # fmt: skip
     honest = {found.name: rows[found.name]["share_of_orders"] for found in answered if found.variant is None}
     document.figures["L5_served_honest_differs"] = Figure(

@@ -196,6 +196,21 @@ def test_without_logprobs_four_bits_are_told_by_text(backend: Backend, tmp_path:
     assert verdict.log10_e_value >= 3
 
 
+@pytest.mark.parametrize(
+    ("name", "ignored", "expected"), [("f16", ("temperature",), "inconclusive"), ("q4_0", (), "differs")]
+)
+def test_where_answers_are_stored_by_the_prompt_repeats_accuse_nobody(
+    name: str, ignored: tuple[str, ...], expected: str, backend: Backend, tmp_path: Path
+) -> None:
+    """What is drawn at temperature 1 and given again looks like other weights at 0; only a recorded departure's own answers do not."""
+    with Front(backend(name).port, Lies(max_top_logprobs=0, cached=True, ignored=ignored)) as front:
+        _, verdict = audit(front, tmp_path / "run", "--max-requests", "80")
+    assert verdict.verdict == expected
+    assert verdict.axes["service"] == "inconsistent"
+    assert verdict.log10_e_value is not None
+    assert (verdict.log10_e_value >= 3) == (expected == "differs")
+
+
 @pytest.mark.usefixtures("no_sampling")
 @pytest.mark.parametrize(("variant", "weights"), [("f16", "consistent"), ("q4_0", "inconsistent")])
 def test_behind_a_hidden_prompt_raw_completions_tell_by_text_too(variant: str, weights: str, tmp_path: Path) -> None:

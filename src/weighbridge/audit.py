@@ -157,6 +157,9 @@ class Auditor:
             await self._records(collector)
             because = _of_the_whole(await self._raw_probes(collector)) or because
             because = await self._sampling(collector) or because
+            if because in FINAL_REASONS and self._texts is not None:
+                # Where copies are given, repeats told nothing, and what seemed decided is not.
+                because = await self._probes(collector)
             if because in FINAL_REASONS:
                 because = await self._whole_answers(collector) or because
         return because

@@ -9,6 +9,7 @@ from weighbridge.capability import DRAWN, TEXT, WHOLE
 from weighbridge.judge.answers import Residuals, line_up
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.prompt import explain_counts
+from weighbridge.judge.checks.sampling import repeats_whatever_is_asked
 from weighbridge.judge.checks.texts import exact_variant, text_differs_after, text_explanation, whole_differs
 from weighbridge.judge.checks.weights import differs_after, is_mixed, mean_cosines, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
@@ -78,12 +79,20 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
         update={"text_requests": [raw_twin(r) for r in case.plan.text_requests], "probe_requests": []}
     )
     raw_texts = weigh_texts(texts.library, raw, by_id) if _as_sent(library, case.raw_answers) else None
-    case = replace(case, texts=texts, raw_texts=raw_texts, log_e_official=float(texts.log_total[-1]))
+    copies = repeats_whatever_is_asked(case)
+    log_e = float(texts.log_total[-1])
+    if (
+        copies
+    ):  # repeats tell nothing: what is left is by how much a departure explains the answers better than any temperature
+        log_e = min(
+            log_e, float(texts.gain_nats[texts.library.departures].max() - np.log(len(texts.library.departures)))
+        )
+    case = replace(case, texts=texts, raw_texts=raw_texts, log_e_official=log_e)
     if text_differs_after(texts, policy) is None:
         return _by_whole_answers(case, library, texts, by_id)
-    case = replace(case, official_differs=True)
     best = text_explanation(texts, policy)
-    if best is None:
+    case = replace(case, official_differs=not copies or bool(log_e >= np.log(policy.differs_e_value)))
+    if best is None or not case.official_differs:
         return replace(case, served=None)
     record = texts.library.departure(best)
     if isinstance(record, HypothesisRecord):

@@ -258,10 +258,10 @@ def _from_texts(case: Case, details: dict[str, Any]) -> Finding:
             details=details,
             to_resolve="Ask the host for logprobs",
         )
-    if varies is False and again:
+    if repeats_whatever_is_asked(case):
         return _finding(
             "inconclusive",
-            "Two seeds at temperature 1 give one text, which is that of temperature 0: a cache, or temperature is ignored",
+            "Two seeds at temperature 1 give one text: a cache, or temperature is ignored",
             details=details,
             to_resolve="Ask the host for logprobs",
         )
@@ -277,6 +277,17 @@ def _from_texts(case: Case, details: dict[str, Any]) -> Finding:
         details=details,
         to_resolve="Ask the host for logprobs",
     )
+
+
+def repeats_whatever_is_asked(case: Case) -> bool:
+    """Whether two seeds at temperature 1 give one text, and temperature 0 repeats itself: a cache, or sampling that is ignored.
+
+    Then that an answer comes again tells no temperature: an honest stack at any may give it.
+    """
+    warm, other = case.sampling.get("warm"), case.sampling.get("warm-other")
+    if warm is None or other is None or not warm.text or other.text is None:
+        return False
+    return other.text.startswith(warm.text) and bool(is_cold_text(case, "cold-again"))
 
 
 def _finding(outcome: Any, summary: str, **more: Any) -> Finding:
