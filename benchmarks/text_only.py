@@ -5,7 +5,7 @@ and bfloat16 gave besides) and the library's own contexts, as in every audit; ev
 
 *What is reported on.* Answers that were really served, over HTTP and without logprobs, on llama.cpp or on transformers in bfloat16: every
 context that is asked at temperature 0, once more where the answer is not the reference's, and one token at temperature 1 for each of the
-one-token pool's probes. They are kept under .benchmarks-cache/texts/, and audits are drawn from them again and again in random orders.
+one-token pool's probes, up to four times more while the same comes that is not the reference's. They are kept under .benchmarks-cache/texts/, and audits are drawn from them again and again in random orders.
 Servers ran on one thread. llama.cpp's q4_0 and q8_0 are recorded on the engine that serves them here; all other departures that llama.cpp
 serves are recorded on transformers. On transformers the recorded ones are float32, but for int4-g64, nf4-g64, fp8-e4m3 and int8, which
 are recorded in bfloat16 too. The pool for text was chosen with int8, fp8-e4m3, both W8A8, nf4-g64, int4-g64 and int5-g64 in float32 and with one
@@ -61,7 +61,7 @@ from weighbridge.lab.provider import lab_endpoint
 from weighbridge.lab.variants import VARIANTS, TorchVariant, Variant
 from weighbridge.observe import observe
 from weighbridge.plan import make_plan
-from weighbridge.records import Endpoint, Limits, Observation, Plan, PlannedRequest, Policy, again_twin, drawn_twin
+from weighbridge.records import Endpoint, Limits, Observation, Plan, PlannedRequest, Policy, again_twin, drawn_twins
 from weighbridge.reference.bundle import Bundle, StackRecord, load_bundle
 from weighbridge.reference.contexts import Contexts
 from weighbridge.stats.draws import at_temperature
@@ -113,7 +113,7 @@ class _Everything(Auditor):
     async def _all(self, collector: Collector) -> str:
         because = await self._capability(collector)
         if self._drawn:
-            requests = [drawn_twin(request) for request in self._plan.probe_requests]
+            requests = [twin for request in self._plan.probe_requests for twin in drawn_twins(request)]
         else:
             requests = [twin for request in self._plan.text_requests for twin in (request, again_twin(request))]
         return because or await self._send_until(collector, requests, lambda _: None) or "probes_used_up"
@@ -209,7 +209,7 @@ def _requests(evidence: TextEvidence, cold: list[PlannedRequest], answers: int) 
     """Requests for so many answers: those in doubt are asked for again, and those that say nothing count as requests."""
     last = evidence.library.contexts.probe_ids[evidence.cold.places[answers - 1]]
     sent = [request.probe.id for request in cold].index(last) + 1
-    return sent + sum(again is not None for again in evidence.cold.again[:answers])
+    return sent + sum(len(again) for again in evidence.cold.again[:answers])
 
 
 @dataclass(frozen=True)
@@ -493,7 +493,8 @@ def _tokens_needed(judge: Judge, drawn: list[PlannedRequest], found: Collected) 
         after = text_differs_after(evidence, judge.policy)
         if after is not None:
             last = judge.library.contexts.probe_ids[evidence.drawn.places[after - 1]]
-            return [request.probe.id for request in drawn].index(last) + 1
+            repeats = sum(len(times) for times in evidence.drawn.again[:after])
+            return [request.probe.id for request in drawn].index(last) + 1 + repeats
     return float("inf")
 
 
@@ -666,7 +667,7 @@ def _honest_audit(
         request = _request(f"text-{len(cold):04d}", contexts.probe_ids[place])
         cold.append(request)
         first = ask(request.request_id, place, temperature)
-        if library.is_in_doubt(observations[request.request_id]):
+        if library.is_in_doubt([observations[request.request_id]]):
             wavering += ask(again_twin(request).request_id, place, temperature) != first
     drawn: list[PlannedRequest] = []
     pool = bundle.pool_at("L3")
@@ -676,7 +677,11 @@ def _honest_audit(
         place = int(generator.permutation(places)[0])
         places.remove(place)
         drawn.append(_request(f"probe-{len(drawn):04d}", contexts.probe_ids[place]))
-        ask(drawn_twin(drawn[-1]).request_id, place, temperature if ignored else 1.0)
+        said: list[Observation] = []
+        for twin in drawn_twins(drawn[-1]):
+            if not said or library.is_in_doubt(said):
+                ask(twin.request_id, place, temperature if ignored else 1.0)
+                said.append(observations[twin.request_id])
     plan = _plan_of(cold, drawn)
     evidence = weigh_texts(library, plan, observations)
     assert evidence is not None
@@ -722,6 +727,7 @@ EVASIONS: dict[str, tuple[str, Lies]] = {
     "f16, answers remembered, temperature always 1": ("f16", dataclasses.replace(_TEXT, remember=True, ignored=("temperature",))),
     "q4_0, temperature always 1": ("q4_0", dataclasses.replace(_TEXT, ignored=("temperature",))),
     "f16, temperature always 1": ("f16", dataclasses.replace(_TEXT, ignored=("temperature",))),
+    "f16, stored by the prompt, temperature always 1": ("f16", dataclasses.replace(_TEXT, cached=True, ignored=("temperature",))),
     "q4_0, the true model for the first 20": ("q4_0", dataclasses.replace(_TEXT, true_first=20)),
     "q4_0, the true model for the first 200": ("q4_0", dataclasses.replace(_TEXT, true_first=200)),
 }  # fmt: skip

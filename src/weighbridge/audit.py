@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from weighbridge.canonical import sha256_hex
-from weighbridge.capability import asks_for_text, next_capability_request, read_capability, sampling_of
+from weighbridge.capability import DRAWN, asks_for_text, next_capability_request, read_capability, sampling_of
 from weighbridge.collect import Budget, Collector, WaitTooLongError, is_transient
 from weighbridge.dialects import DIALECTS
 from weighbridge.dialects.routes import LISTING, RECORDS, listing_path, record_path
@@ -45,7 +45,7 @@ from weighbridge.records import (
     PlannedRequest,
     Verdict,
     again_twin,
-    drawn_twin,
+    drawn_twins,
     raw_twin,
 )
 from weighbridge.reference.bundle import OFFICIAL, Bundle, load_bundle
@@ -293,9 +293,8 @@ class Auditor:
         pairs = [(request, again_twin(request)) for request in self._plan.text_requests]
         because = await self._send_until(collector, [r for pair in pairs for r in pair], self._decided_or_not_cold)
         if because == NOT_COLD or (because == "unreachable" and self._refuses_cold()):
-            drawn = [
-                drawn_twin(r) for r in self._plan.probe_requests if self._texts and self._texts.is_drawn(r.probe.id)
-            ]
+            own = [r for r in self._plan.probe_requests if self._texts and self._texts.is_drawn(r.probe.id)]
+            drawn = [twin for request in own for twin in drawn_twins(request)]
             because = await self._send_until(collector, drawn, self._decided)
         return because or "probes_used_up"
 
@@ -352,14 +351,23 @@ class Auditor:
         """Take the next request that can tell something: under another rendering not every probe was recorded."""
         useful = self._useful
         for i, request in enumerate(waiting):
-            if asks_for_text(request.request_id) and request.request_id.endswith(AGAIN):
-                first = self._seen.get(request.request_id.removesuffix(AGAIN))
-                if first is None or self._texts is None or not self._texts.is_in_doubt(first):
+            of_text = asks_for_text(request.request_id) or request.request_id.startswith(DRAWN)
+            if of_text and request.request_id.endswith(AGAIN):
+                if not self._is_wanted_again(request.request_id):
                     continue
                 return waiting.pop(i)
             if useful is None or request.raw or request not in self._plan.probe_requests or request.probe.id in useful:
                 return waiting.pop(i)
         return None
+
+    def _is_wanted_again(self, request_id: str) -> bool:
+        """Whether all that was asked before it has come, and leaves open whether the same comes again."""
+        before = []
+        while request_id.endswith(AGAIN):
+            request_id = request_id.removesuffix(AGAIN)
+            before.append(self._seen.get(request_id))
+        known = [observation for observation in before if observation is not None]
+        return len(known) == len(before) and self._texts is not None and self._texts.is_in_doubt(known)
 
     def _was_refused(self, request_id: str) -> bool:
         attempts = self._attempts.get(request_id)

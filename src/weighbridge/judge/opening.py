@@ -9,7 +9,7 @@ from weighbridge.capability import DRAWN, TEXT, WHOLE
 from weighbridge.judge.answers import Residuals, line_up
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.prompt import explain_counts
-from weighbridge.judge.checks.sampling import repeats_whatever_is_asked
+from weighbridge.judge.checks.sampling import repeats_tell_nothing
 from weighbridge.judge.checks.texts import exact_variant, text_differs_after, text_explanation, whole_differs
 from weighbridge.judge.checks.weights import differs_after, is_mixed, mean_cosines, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
@@ -79,15 +79,13 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
         update={"text_requests": [raw_twin(r) for r in case.plan.text_requests], "probe_requests": []}
     )
     raw_texts = weigh_texts(texts.library, raw, by_id) if _as_sent(library, case.raw_answers) else None
-    copies = repeats_whatever_is_asked(case)
+    case = replace(case, texts=texts, raw_texts=raw_texts)
+    copies = repeats_tell_nothing(case)
     log_e = float(texts.log_total[-1])
-    if (
-        copies
-    ):  # repeats tell nothing: what is left is by how much a departure explains the answers better than any temperature
-        log_e = min(
-            log_e, float(texts.gain_nats[texts.library.departures].max() - np.log(len(texts.library.departures)))
-        )
-    case = replace(case, texts=texts, raw_texts=raw_texts, log_e_official=log_e)
+    if copies:  # what is left is by how much a departure explains the answers better than any temperature
+        gains = texts.gain_nats[texts.library.departures]
+        log_e = min(log_e, float(gains.max() - np.log(gains.size)))
+    case = replace(case, log_e_official=log_e)
     if text_differs_after(texts, policy) is None:
         return _by_whole_answers(case, library, texts, by_id)
     best = text_explanation(texts, policy)

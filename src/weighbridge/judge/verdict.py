@@ -13,7 +13,7 @@ from weighbridge.judge.checks.parameters import check_parameters
 from weighbridge.judge.checks.prompt import check_prompt
 from weighbridge.judge.checks.reasoning import check_reasoning, hides_reasoning
 from weighbridge.judge.checks.route import check_route
-from weighbridge.judge.checks.sampling import check_sampling, repeats_whatever_is_asked
+from weighbridge.judge.checks.sampling import check_sampling, repeats_tell_nothing
 from weighbridge.judge.checks.share import check_share
 from weighbridge.judge.checks.texts import (
     ALIKE_SHARE,
@@ -254,7 +254,7 @@ def _weights_that_can_be_judged(weights: Finding, case: Case, sampling: Finding)
         )
     if hides_reasoning([*case.answers, *case.text_answers]):
         return _open(weights, "tokens that are not shown stand before the answer", "An answer without reasoning")
-    if case.texts is not None and case.served is None and repeats_whatever_is_asked(case):
+    if case.texts is not None and case.served is None and repeats_tell_nothing(case):
         return _raw(case) or _open(
             weights.model_copy(update={"log10_e_value": None}),
             "two seeds at temperature 1 give one text too, so a repeat tells no temperature, and an honest stack at another one may be why",

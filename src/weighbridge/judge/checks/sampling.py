@@ -258,7 +258,7 @@ def _from_texts(case: Case, details: dict[str, Any]) -> Finding:
             details=details,
             to_resolve="Ask the host for logprobs",
         )
-    if repeats_whatever_is_asked(case):
+    if varies is False and again:
         return _finding(
             "inconclusive",
             "Two seeds at temperature 1 give one text: a cache, or temperature is ignored",
@@ -279,15 +279,21 @@ def _from_texts(case: Case, details: dict[str, Any]) -> Finding:
     )
 
 
-def repeats_whatever_is_asked(case: Case) -> bool:
-    """Whether two seeds at temperature 1 give one text, and temperature 0 repeats itself: a cache, or sampling that is ignored.
+def repeats_tell_nothing(case: Case) -> bool:
+    """Whether a text that comes again may be a copy: a cache, or seeds that are ignored.
 
-    Then that an answer comes again tells no temperature: an honest stack at any may give it.
+    An honest stack at any temperature may then say twice what it seldom says. Where temperature 0 seems to be served, each repeat has to be
+    a copy for that; where it is not, some are enough.
     """
-    warm, other = case.sampling.get("warm"), case.sampling.get("warm-other")
-    if warm is None or other is None or not warm.text or other.text is None:
+    warm = case.sampling.get("warm")
+    others = [case.sampling.get(name) for name in ("warm-new", "warm-other")]
+    texts = [o.text for o in others if o is not None and o.text]
+    if warm is None or not warm.text or not texts:
         return False
-    return other.text.startswith(warm.text) and bool(is_cold_text(case, "cold-again"))
+    copies = [text.startswith(warm.text) for text in texts]
+    if case.texts is not None and not case.texts.is_cold:
+        return any(copies)
+    return all(copies) and bool(is_cold_text(case, "cold-again"))
 
 
 def _finding(outcome: Any, summary: str, **more: Any) -> Finding:
