@@ -11,11 +11,11 @@ serves are recorded on transformers. On transformers the recorded ones are float
 are recorded in bfloat16 too. The pool for text was chosen with int8, fp8-e4m3, both W8A8, nf4-g64, int4-g64 and int5-g64 in float32 and with one
 honest stack in sight: for those it is targeted; q4_0, q8_0, int6-g64, the KV caches and depth-24, and all that is served here, it has not seen.
 
-*What is simulated, and says so.* Honest stacks whose family is left out: drawn from their recorded distributions. Model Equality Testing
+*What is simulated, and says so.* Honest stacks whose family is left out, and departures of whose class the library holds none: drawn from their recorded distributions. Model Equality Testing
 and the rank-based uniformity test: drawn from the served variant's recorded distribution, since they ask each prompt many times. The
 intervals of the share of requests that go elsewhere.
 
-    python benchmarks/text_only.py [--quick] [--seed 1] [--json] [--cached] [--only L4,L5,honest,evasion,share] [--out reports]
+    python benchmarks/text_only.py [--quick] [--seed 1] [--json] [--cached] [--only L4,L5,honest,evasion,share,unrecorded] [--out reports]
 
 Needs the extras lab and hf.
 """
@@ -582,6 +582,10 @@ class _Remembering(TextLibrary):
         return self.known[place, columns]
 
 
+def _remembering(library: TextLibrary) -> _Remembering:
+    return _Remembering(**{f.name: getattr(library, f.name) for f in dataclasses.fields(TextLibrary)})
+
+
 def left_out(document: Document, bundle: Bundle, policy: Policy, draws: int, generator: Generator) -> None:
     """Audits of every honest stack, its whole family left out of the library, at temperatures that nobody is told."""
     everything = build_text_library(bundle, policy)
@@ -599,7 +603,7 @@ def left_out(document: Document, bundle: Bundle, policy: Policy, draws: int, gen
         }
         built = build_text_library(keeping(bundle, without), policy)
         assert built is not None
-        library = _Remembering(**{f.name: getattr(built, f.name) for f in dataclasses.fields(TextLibrary)})
+        library = _remembering(built)
         limits[family] = round(library.limit_nats, 4), round(library.flips_allowed, 4)
         for stack in (s for s in stacks if s.family == family):
             worst = -np.inf
@@ -652,11 +656,11 @@ def _honest_audit(
     own = [s.id for s in contexts.stacks].index(stack.id)
     observations: dict[str, Observation] = {}
 
-    def ask(name: str, place: int, at: float) -> str:
-        text = _say(contexts, own, place, at, generator, nucleus=0.9 if ignored else 1.0)
-        observations[name] = Observation(
-            request_id=name, probe_id=contexts.probe_ids[place], answered=True, attempts=1, latency_s=0.0, text=text, completion_tokens=1
-        )  # fmt: skip
+    nucleus = 0.9 if ignored else 1.0
+
+    def ask(name: str, place: int) -> str:
+        text = _say(contexts, own, place, temperature, generator, nucleus=nucleus)
+        observations[name] = _answered(name, contexts.probe_ids[place], text)
         return text
 
     cold: list[PlannedRequest] = []
@@ -666,9 +670,9 @@ def _honest_audit(
             continue
         request = _request(f"text-{len(cold):04d}", contexts.probe_ids[place])
         cold.append(request)
-        first = ask(request.request_id, place, temperature)
+        first = ask(request.request_id, place)
         if library.is_in_doubt([observations[request.request_id]]):
-            wavering += ask(again_twin(request).request_id, place, temperature) != first
+            wavering += ask(again_twin(request).request_id, place) != first
     drawn: list[PlannedRequest] = []
     pool = bundle.pool_at("L3")
     assert pool is not None
@@ -677,15 +681,17 @@ def _honest_audit(
         place = int(generator.permutation(places)[0])
         places.remove(place)
         drawn.append(_request(f"probe-{len(drawn):04d}", contexts.probe_ids[place]))
-        said: list[Observation] = []
-        for twin in drawn_twins(drawn[-1]):
-            if not said or library.is_in_doubt(said):
-                ask(twin.request_id, place, temperature if ignored else 1.0)
-                said.append(observations[twin.request_id])
+        _ask_drawn(library, drawn[-1], contexts, own, temperature if ignored else 1.0, generator, observations, nucleus)
     plan = _plan_of(cold, drawn)
     evidence = weigh_texts(library, plan, observations)
     assert evidence is not None
     return evidence
+
+
+def _answered(name: str, probe_id: str, text: str) -> Observation:
+    return Observation(
+        request_id=name, probe_id=probe_id, answered=True, attempts=1, latency_s=0.0, text=text, completion_tokens=1
+    )
 
 
 def _request(name: str, probe_id: str) -> PlannedRequest:
@@ -712,7 +718,78 @@ def _say(
             order = np.argsort(-p)
             p[order[np.cumsum(p[order]) - p[order] >= nucleus]] = 0
         column = int(generator.choice(len(p), p=p / p.sum()))
-    return next((name for name, columns in contexts.names[place].items() if column in columns), "\u2042 not listed")
+    listed = (name for name, columns in contexts.names[place].items() if column in columns)
+    return next(listed, f"\u2042 {generator.integers(10**6)}")
+
+
+# -- departures of a class that nobody recorded ----------------------------------------------------------------------
+
+UNRECORDED = ("depth-24", "int2-asym-g64", "int3-g64", "int4-g64", "llamacpp-q4_0")
+UNRECORDED_TEMPERATURES = (0.5, 0.7, 1.0)
+
+
+def unrecorded(document: Document, bundle: Bundle, policy: Policy, audits: int, generator: Generator) -> None:
+    """Requests at an unknown temperature until a departure is told whose whole class is left out of the library.
+
+    The served temperature is the one named, whatever is asked for; draws alone, of `LIMITS`[0] requests at most.
+    """
+    library = build_text_library(bundle, policy)
+    pool = bundle.pool_at("L3")
+    assert library is not None
+    assert pool is not None
+    contexts = library.contexts
+    places = np.array([contexts.index[p] for p in bundle.usable_probes(pool) if library.is_drawn(p)])
+    rows: dict[str, dict[str, str]] = {}
+    for name in UNRECORDED:
+        own = [s.id for s in contexts.stacks].index(name)
+        kept = [i for i in library.departures if _class_of(library, i) != _class_of(library, own)]
+        without = _remembering(dataclasses.replace(library, departures=kept))
+        rows[name] = {}
+        for temperature in UNRECORDED_TEMPERATURES:
+            needed = np.full(audits, np.inf)
+            for n in range(audits):
+                observations: dict[str, Observation] = {}
+                requests: list[PlannedRequest] = []
+                for place in generator.permutation(places[contexts.recorded[own, places]]).tolist():
+                    if len(observations) >= LIMITS[0]:
+                        break
+                    requests.append(_request(f"probe-{len(requests):04d}", contexts.probe_ids[place]))
+                    _ask_drawn(without, requests[-1], contexts, own, temperature, generator, observations)
+                evidence = weigh_texts(without, _plan_of([], requests), observations)
+                assert evidence is not None
+                after = text_differs_after(evidence, policy)
+                if after is not None:
+                    needed[n] = after + sum(len(times) for times in evidence.drawn.again[:after])
+            rows[name][f"temperature {temperature}"] = (
+                f"{np.isfinite(needed).mean():.2f} of {audits} audits, median and 90 % {quantiles(needed)}"
+            )
+        say(f"not recorded: {name}: {rows[name]}")
+    document.reported["unrecorded"] = rows
+
+
+def _class_of(library: TextLibrary, index: int) -> str | None:
+    record = library.departure(index)
+    return record.departure_class if isinstance(record, StackRecord) else record.id
+
+
+def _ask_drawn(
+    library: TextLibrary,
+    request: PlannedRequest,
+    contexts: Contexts,
+    stack: int,
+    temperature: float,
+    generator: Generator,
+    observations: dict[str, Observation],
+    nucleus: float = 1.0,
+) -> None:
+    """Draw one probe's answer from a stack that `contexts` hold, and its repeats as an audit with this library asks for them."""
+    place = contexts.index[request.probe.id]
+    said: list[Observation] = []
+    for twin in drawn_twins(request):
+        if not said or library.is_in_doubt(said):
+            text = _say(contexts, stack, place, temperature, generator, nucleus=nucleus)
+            said.append(_answered(twin.request_id, request.probe.id, text))
+    observations |= {one.request_id: one for one in said}
 
 
 # -- evasion -------------------------------------------------------------------------------------------------------
@@ -829,7 +906,7 @@ def partial_routing(document: Document, simulations: int, generator: Generator) 
     document.reported["share_intervals"] = rows
 
 
-PARTS = ("L4", "L5", "honest", "evasion", "share")
+PARTS = ("L4", "L5", "honest", "evasion", "share", "unrecorded")
 
 
 def main() -> int:
@@ -870,6 +947,8 @@ def main() -> int:
         partial_routing(document, 200 if arguments.quick else 2000, generator("share"))
     if "honest" in parts:
         left_out(document, bundle, policy, 2 if arguments.quick else 8, generator("honest"))
+    if "unrecorded" in parts:
+        unrecorded(document, bundle, policy, 5 if arguments.quick else 40, generator("unrecorded"))
     if "evasion" in parts:
         evasion(document, bundle, policy, quick=arguments.quick)
     say(f"took {time.monotonic() - started:.0f} s")

@@ -64,7 +64,7 @@ def table(document: Document) -> str:
             lines.append(
                 f"| {name} | {_pair(row['tokens_median_p90'])} | {_pair(exact) if exact else ''} | {met} | {row.get('RUT', '')} |"
             )
-    for key, title in (("honest_left_out", "Honest stacks, family left out, simulated"), ("evasion", "Endpoints that hide what they serve")):  # fmt: skip
+    for key, title in (("honest_left_out", "Honest stacks, family left out, simulated"), ("unrecorded", "Draws at a temperature that is not known, from departures of a class that the library holds none of, simulated: requests until told"), ("evasion", "Endpoints that hide what they serve")):  # fmt: skip
         if key in reported:
             lines += ["", f"{title}:", ""]
             lines += [f"- {name}: {_words(value)}" for name, value in reported[key].items()]

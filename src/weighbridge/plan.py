@@ -145,6 +145,7 @@ def make_plan(
     texts: list[PlannedRequest] = []
     whole: list[PlannedRequest] = []
     identity: PoolIdentity | None = None
+    sealed = False
     if bundle is not None:
         problem = unfit_to_judge(bundle, level)
         if problem is not None:
@@ -153,7 +154,7 @@ def make_plan(
                 "Record or merge what is missing",
             )
         pool = pool_of(bundle, level)
-        identity = pool.identity
+        identity, sealed = pool.identity, pool.description.visibility == "sealed"
         by_id = {probe.id: probe for probe in pool.probes}
         # The whole pool in the order of the draw: the budget, not the plan, says how far an audit goes.
         probes = [
@@ -176,6 +177,7 @@ def make_plan(
         reference=bundle.identity if bundle else None,
         reference_path=_path_to_remember(bundle),
         pool=identity,
+        sealed=sealed,
         level=level,
         fleet_size=fleet_size,
         draw=Draw(seed=seed, commitment=_commitment(seed, identity, bundle.identity if bundle else None, policy)),

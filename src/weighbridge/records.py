@@ -288,6 +288,7 @@ class Plan(Record):
     reference: BundleIdentity | None
     reference_path: str | None
     pool: PoolIdentity | None
+    sealed: bool = Field(default=False, description="whether nobody but the auditor could foresee the pool")
     draw: Draw
     level: LogprobLevel = "L3"
     fleet_size: int = Field(default=1, ge=1, description="how many endpoints are judged together")

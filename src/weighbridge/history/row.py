@@ -74,7 +74,7 @@ def make_row(folder: Path, *, sealed: bool = False) -> Row:
     ----------
     folder : pathlib.Path
     sealed : bool
-        Whether its pool is sealed; a public one where that is not known.
+        Whether its pool is sealed, where the plan is too old to know.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def make_row(folder: Path, *, sealed: bool = False) -> Row:
         night=night, created_at=created_at,
         weighbridge_version=verdict.weighbridge_version, policy=plan.policy.id,
         reference=plan.reference.digest if plan.reference is not None else None, pool=plan.pool.sha256 if plan.pool is not None else None,
-        commitment=plan.draw.commitment, sealed=sealed,
+        commitment=plan.draw.commitment, sealed=sealed or plan.sealed,
         probes=[r.probe.id for r in (*plan.probe_requests, *plan.text_requests, *plan.whole_requests) if r.request_id in answered],
         verdict=verdict.verdict, cause=verdict.cause, exact_variant=verdict.exact_variant, axes=verdict.axes,
         log10_e_value=verdict.log10_e_value, noise_nats=noise.value if noise else None, noise_low_nats=noise.low if noise else None,

@@ -49,6 +49,8 @@ STEADIER = 1.25
 ENDS = ("stop", "end_turn", "eos")  # what hosts call the end of a turn
 # With which chance another model than any recorded one says again what it has said.
 SAID_AGAIN = (0.3, 0.7)
+# Times the noise of an honest stack's lead: what it says of one context may be off by so much, each time that it is asked.
+MOST_OFF = 3.0
 Departure = StackRecord | HypothesisRecord
 Columns = tuple[int, ...]  # the tokens that an answer can have been
 
@@ -356,11 +358,13 @@ def weigh_texts(library: TextLibrary, plan: Plan, observations: dict[str, Observ
     by_cold = _against_cold(library, cold, flips)
     tables, again = _tables(library, cold)
     warm, steady, generic = _warm_likelihoods(library, cold, tables, again, same)
-    by_warm = _against_warm(library, warm, steady, generic, _unknown_likelihoods(library, cold))
-    later = np.sum(_tables(library, drawn), axis=0)
+    by_warm = _against_warm(library, warm, steady, generic, _against_unknown(library, cold, tables))
+    drawn_first, drawn_again = _tables(library, drawn)
+    later = drawn_first + drawn_again
+    by_draws = _against_drawn(library, drawn, later, _against_unknown(library, drawn, drawn_first))
     # A part of the wealth is kept for the draws at temperature 1, whatever the answers before them come to.
     first = np.logaddexp(np.log1p(-KEPT_FOR_DRAWS) + np.minimum(by_cold, by_warm), np.log(KEPT_FOR_DRAWS))
-    log_total = np.concatenate([first, (first[-1] if first.size else 0.0) + _against_drawn(library, drawn, later)])
+    log_total = np.concatenate([first, (first[-1] if first.size else 0.0) + by_draws])
     return TextEvidence(
         library=library, cold=cold, drawn=drawn, flips=flips, wavering=int((~same).sum()), log_cold=by_cold, log_warm=by_warm,
         log_total=log_total, gain_nats=_gains(library, cold, steady, generic) + _drawn_gains(library, drawn, later), log_exclusion=_exclusions(library, cold, tables, drawn, later),
@@ -582,45 +586,55 @@ def _warm_likelihoods(
     return warm, tables[:, :, 0, 0] + kept[:, None], tables[:, 0, :, 0] + kept[:, None]
 
 
-def _unknown_likelihoods(library: TextLibrary, answers: Answers) -> Floats:
-    """Logprobs of answers and repeats of a model that nobody recorded; shape (n, warm temperatures, `SAID_AGAIN`).
+def _against_unknown(library: TextLibrary, answers: Answers, first: Floats) -> Floats:
+    """Log e-process of answers and repeats against honest stacks at any temperature but 0, for a model that nobody recorded.
 
-    It says first what the reference might at some temperature, and then the same again oftener than the reference would.
+    It says first what the reference might at some temperature, and then the same again oftener than an honest stack would. A stack's own
+    noise is the same each time that a context is asked for, so an honest repeat is given that much more.
+
+    Parameters
+    ----------
+    first : float array, shape (n, S, temperatures, truncations)
+        Logprobs of the first answers.
     """
+    if answers.count == 0:
+        return np.zeros(0)
     chance = np.array(SAID_AGAIN)
-    out = np.zeros((answers.count, len(library.temperatures) - 1, chance.size))
+    off = MOST_OFF * np.sqrt(2) * library.limit_nats / np.array(library.temperatures[1:])
+    honest = first[:, library.honest, 1:].copy()
+    unknown = np.repeat(first[:, 0, 1:, 0][:, :, None], chance.size, axis=2)
     for i, (place, own, times) in enumerate(zip(answers.places.tolist(), answers.columns, answers.again, strict=True)):
-        out[i] = library.log_likelihood(place, own)[0, 1:, 0][:, None]
         for columns in times:
-            anew = np.exp(library.log_likelihood(place, columns)[0, 1:, 0])[:, None]
-            out[i] += np.log(chance * (columns == own) + (1 - chance) * anew)
-    return out
+            anew = library.log_likelihood(place, columns)[:, 1:].astype(np.float64)
+            unknown[i] += np.log(chance * (columns == own) + (1 - chance) * np.exp(anew[0, :, 0])[:, None])
+            odds = anew[library.honest] - np.log(np.maximum(-np.expm1(anew[library.honest]), 1e-12))
+            honest[i] += special.log_expit(odds + off[:, None])
+    best = honest.cumsum(axis=0).reshape(answers.count, -1).max(axis=1)
+    return np.asarray(_log_mean(unknown.cumsum(axis=0).reshape(answers.count, -1)) - best)
 
 
-def _against_warm(library: TextLibrary, warm: Floats, steady: Floats, generic: Floats, unknown: Floats) -> Floats:
+def _against_warm(library: TextLibrary, warm: Floats, steady: Floats, generic: Floats, log_unknown: Floats) -> Floats:
     """Log e-process against honest stacks at any temperature but 0: the best of them, at each moment, against a mixture."""
     if len(warm) == 0:
         return np.zeros(0)
     honest = warm[:, library.honest].cumsum(axis=0).reshape(len(warm), -1).max(axis=1)
     others = steady[:, library.departures].cumsum(axis=0)
     drawn = warm[:, library.departures].cumsum(axis=0).reshape(len(warm), -1)
-    strange = unknown.cumsum(axis=0).reshape(len(warm), -1)
-    kinds = [_log_mean(generic.cumsum(axis=0)), _log_mean(others), _log_mean(drawn), _log_mean(strange)]
+    kinds = [_log_mean(generic.cumsum(axis=0)), _log_mean(others), _log_mean(drawn), log_unknown + honest]
     return np.asarray(special.logsumexp(kinds, axis=0) - np.log(len(kinds)) - honest)
 
 
-def _against_drawn(library: TextLibrary, drawn: Answers, tables: Floats) -> Floats:
+def _against_drawn(library: TextLibrary, drawn: Answers, tables: Floats, log_unknown: Floats) -> Floats:
     """Log e-process of answers at temperature 1 against honest stacks at any, 0 included."""
     if drawn.count == 0:
         return np.zeros(0)
     course = tables.cumsum(axis=0)
     honest = course[:, library.honest, 1:].reshape(drawn.count, -1).max(axis=1)
     others = course[:, library.departures]
-    # Half of the wealth is on the temperature that was asked for.
+    # A third of the wealth is on the temperature that was asked for, and one on what nobody recorded.
     asked_for = int(np.abs(np.array(library.temperatures) - 1).argmin())
-    strange = _unknown_likelihoods(library, drawn).cumsum(axis=0).reshape(drawn.count, -1)
-    kinds = [_log_mean(one.reshape(drawn.count, -1)) for one in (others, others[:, :, asked_for], strange)]
-    by_warm = _log_mean(np.array(kinds).T) - honest
+    recorded = [_log_mean(one.reshape(drawn.count, -1)) - honest for one in (others, others[:, :, asked_for])]
+    by_warm = _log_mean(np.array([*recorded, log_unknown]).T)
     by_cold = _against_cold(library, drawn, _differing(library, drawn), drawn=True)
     return np.asarray(np.minimum(by_cold, by_warm))
 

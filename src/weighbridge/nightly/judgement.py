@@ -17,7 +17,6 @@ from weighbridge.history.fleetwide import judge_night
 from weighbridge.history.index import Run, enter, runs
 from weighbridge.history.row import ROW, make_row, write_row
 from weighbridge.nightly.schedule import State, Task, bundle_at, said_of
-from weighbridge.plan import pool_of
 from weighbridge.records import Cause, Findings, Finite, Plan, Record, Verdict, VerdictWord
 from weighbridge.reference.bundle import Bundle
 from weighbridge.report.junit import clean
@@ -83,8 +82,7 @@ def judge_runs(
         try:
             bundle = bundle_of(task.plan, load=bundle_at)
             judge_and_report(RunFolder(task.folder), bundle)
-            sealed = bundle is not None and pool_of(bundle, task.plan.level).description.visibility == "sealed"
-            row = make_row(task.folder, sealed=sealed)
+            row = make_row(task.folder)
             write_row(task.folder, row)
             enter(connection, root, task.folder, row)
             connection.commit()
