@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
+import weighbridge.judge.texts as texts_module
 from conftest import Ended, Weighbridge
 from fault_server import MODEL, Answer, Call, FaultServer, completion, first, refuses, says, silence
 from weighbridge.capability import capability_requests, sampling_of
@@ -714,6 +715,22 @@ def test_draws_of_a_model_that_nobody_recorded_come_again_too_often(seed: int) -
     # Without what was said again it is a temperature like any other.
     once = {name: o for name, o in asked(another_model(seed), 0, drawn=60).items() if not name.endswith("-again")}
     assert weighed(once).log_total[-1] < np.log(10)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_noise_that_is_the_same_each_time_is_no_other_model(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a small temperature a stack's own noise decides what it says of a context, and it says it again; even with twice the limit's."""
+    rng = np.random.default_rng(seed)
+    own = contexts().tokens_nats[0, :, :-1]
+    own = (own + rng.normal(0, 2 * library().limit_nats, own.shape)) / 0.05
+    seen = asked(lambda place: name_of(place, int((own[place] + rng.gumbel(size=own.shape[1])).argmax())), 0, drawn=100)
+    drawn = weighed(seen).drawn
+    first = np.array(
+        [library().log_likelihood(p, c) for p, c in zip(drawn.places.tolist(), drawn.columns, strict=True)]
+    )
+    assert texts_module._against_unknown(library(), drawn, first).max() < np.log(10)
+    monkeypatch.setattr("weighbridge.judge.texts.MOST_OFF", 0.0)
+    assert texts_module._against_unknown(library(), drawn, first).max() > np.log(1000)
 
 
 # -- answers as they come --------------------------------------------------------------------------------------
