@@ -5,7 +5,7 @@ and bfloat16 gave besides) and the library's own contexts, as in every audit; ev
 
 *What is reported on.* Answers that were really served, over HTTP and without logprobs, on llama.cpp or on transformers in bfloat16: every
 context that is asked at temperature 0, once more where the answer is not the reference's, and one token at temperature 1 for each of the
-one-token pool's probes, up to four times more while the same comes that is not the reference's. They are kept under .benchmarks-cache/texts/, and audits are drawn from them again and again in random orders.
+one-token pool's probes. They are kept under .benchmarks-cache/texts/, and audits are drawn from them again and again in random orders.
 Servers ran on one thread. llama.cpp's q4_0 and q8_0 are recorded on the engine that serves them here; all other departures that llama.cpp
 serves are recorded on transformers. On transformers the recorded ones are float32, but for int4-g64, nf4-g64, fp8-e4m3 and int8, which
 are recorded in bfloat16 too. The pool for text was chosen with int8, fp8-e4m3, both W8A8, nf4-g64, int4-g64 and int5-g64 in float32 and with one
@@ -61,7 +61,7 @@ from weighbridge.lab.provider import lab_endpoint
 from weighbridge.lab.variants import VARIANTS, TorchVariant, Variant
 from weighbridge.observe import observe
 from weighbridge.plan import make_plan
-from weighbridge.records import Endpoint, Limits, Observation, Plan, PlannedRequest, Policy, again_twin, drawn_twins
+from weighbridge.records import Endpoint, Limits, Observation, Plan, PlannedRequest, Policy, again_twin, drawn_twin
 from weighbridge.reference.bundle import Bundle, StackRecord, load_bundle
 from weighbridge.reference.contexts import Contexts
 from weighbridge.stats.draws import at_temperature
@@ -113,7 +113,7 @@ class _Everything(Auditor):
     async def _all(self, collector: Collector) -> str:
         because = await self._capability(collector)
         if self._drawn:
-            requests = [twin for request in self._plan.probe_requests for twin in drawn_twins(request)]
+            requests = [drawn_twin(request) for request in self._plan.probe_requests]
         else:
             requests = [twin for request in self._plan.text_requests for twin in (request, again_twin(request))]
         return because or await self._send_until(collector, requests, lambda _: None) or "probes_used_up"
@@ -209,7 +209,7 @@ def _requests(evidence: TextEvidence, cold: list[PlannedRequest], answers: int) 
     """Requests for so many answers: those in doubt are asked for again, and those that say nothing count as requests."""
     last = evidence.library.contexts.probe_ids[evidence.cold.places[answers - 1]]
     sent = [request.probe.id for request in cold].index(last) + 1
-    return sent + sum(len(again) for again in evidence.cold.again[:answers])
+    return sent + sum(again is not None for again in evidence.cold.again[:answers])
 
 
 @dataclass(frozen=True)
@@ -425,6 +425,7 @@ RATIO = 20
 MET_TOKENS = (50, 75, 100, 150, 250, 400, 600, 1000, 1500, 2500, 4000)
 RUT_TOKENS = (25, 50, 100, 150, 250, 500, 1000)
 PROMPTS = 25  # of Model Equality Testing; the rest of its budget are repeated samples
+PROMPT_DRAWS = 10  # over which its power is taken
 
 
 def at_temperature_1(
@@ -493,8 +494,7 @@ def _tokens_needed(judge: Judge, drawn: list[PlannedRequest], found: Collected) 
         after = text_differs_after(evidence, judge.policy)
         if after is not None:
             last = judge.library.contexts.probe_ids[evidence.drawn.places[after - 1]]
-            repeats = sum(len(times) for times in evidence.drawn.again[:after])
-            return [request.probe.id for request in drawn].index(last) + 1 + repeats
+            return [request.probe.id for request in drawn].index(last) + 1
     return float("inf")
 
 
@@ -538,7 +538,7 @@ def _field(library: TextLibrary, recorded: int, found: Collected, generator: Gen
     met: float = np.inf
     for n in MET_TOKENS:
         powers = []
-        for _ in range(3):
+        for _ in range(PROMPT_DRAWS):
             chosen = generator.permutation(len(served))[:PROMPTS]
             powers.append(
                 peers.model_equality_testing(reference[chosen], served[chosen], n // PROMPTS, 200, ALPHA, generator)
@@ -658,8 +658,8 @@ def _honest_audit(
 
     nucleus = 0.9 if ignored else 1.0
 
-    def ask(name: str, place: int) -> str:
-        text = _say(contexts, own, place, temperature, generator, nucleus=nucleus)
+    def ask(name: str, place: int, at: float) -> str:
+        text = _say(contexts, own, place, at, generator, nucleus=nucleus)
         observations[name] = _answered(name, contexts.probe_ids[place], text)
         return text
 
@@ -670,9 +670,9 @@ def _honest_audit(
             continue
         request = _request(f"text-{len(cold):04d}", contexts.probe_ids[place])
         cold.append(request)
-        first = ask(request.request_id, place)
-        if library.is_in_doubt([observations[request.request_id]]):
-            wavering += ask(again_twin(request).request_id, place) != first
+        first = ask(request.request_id, place, temperature)
+        if library.is_in_doubt(observations[request.request_id]):
+            wavering += ask(again_twin(request).request_id, place, temperature) != first
     drawn: list[PlannedRequest] = []
     pool = bundle.pool_at("L3")
     assert pool is not None
@@ -681,7 +681,7 @@ def _honest_audit(
         place = int(generator.permutation(places)[0])
         places.remove(place)
         drawn.append(_request(f"probe-{len(drawn):04d}", contexts.probe_ids[place]))
-        _ask_drawn(library, drawn[-1], contexts, own, temperature if ignored else 1.0, generator, observations, nucleus)
+        ask(drawn_twin(drawn[-1]).request_id, place, temperature if ignored else 1.0)
     plan = _plan_of(cold, drawn)
     evidence = weigh_texts(library, plan, observations)
     assert evidence is not None
@@ -740,56 +740,36 @@ def unrecorded(document: Document, bundle: Bundle, policy: Policy, audits: int, 
     contexts = library.contexts
     places = np.array([contexts.index[p] for p in bundle.usable_probes(pool) if library.is_drawn(p)])
     rows: dict[str, dict[str, str]] = {}
-    for name in UNRECORDED:
-        own = [s.id for s in contexts.stacks].index(name)
+    for stack in UNRECORDED:
+        own = [s.id for s in contexts.stacks].index(stack)
         kept = [i for i in library.departures if _class_of(library, i) != _class_of(library, own)]
         without = _remembering(dataclasses.replace(library, departures=kept))
-        rows[name] = {}
+        rows[stack] = {}
         for temperature in UNRECORDED_TEMPERATURES:
             needed = np.full(audits, np.inf)
             for n in range(audits):
                 observations: dict[str, Observation] = {}
                 requests: list[PlannedRequest] = []
-                for place in generator.permutation(places[contexts.recorded[own, places]]).tolist():
-                    if len(observations) >= LIMITS[0]:
-                        break
+                for place in generator.permutation(places[contexts.recorded[own, places]])[: LIMITS[0]].tolist():
                     requests.append(_request(f"probe-{len(requests):04d}", contexts.probe_ids[place]))
-                    _ask_drawn(without, requests[-1], contexts, own, temperature, generator, observations)
+                    name = drawn_twin(requests[-1]).request_id
+                    text = _say(contexts, own, place, temperature, generator, nucleus=1.0)
+                    observations[name] = _answered(name, contexts.probe_ids[place], text)
                 evidence = weigh_texts(without, _plan_of([], requests), observations)
                 assert evidence is not None
                 after = text_differs_after(evidence, policy)
                 if after is not None:
-                    needed[n] = after + sum(len(times) for times in evidence.drawn.again[:after])
-            rows[name][f"temperature {temperature}"] = (
+                    needed[n] = after
+            rows[stack][f"temperature {temperature}"] = (
                 f"{np.isfinite(needed).mean():.2f} of {audits} audits, median and 90 % {quantiles(needed)}"
             )
-        say(f"not recorded: {name}: {rows[name]}")
+        say(f"not recorded: {stack}: {rows[stack]}")
     document.reported["unrecorded"] = rows
 
 
 def _class_of(library: TextLibrary, index: int) -> str | None:
     record = library.departure(index)
     return record.departure_class if isinstance(record, StackRecord) else record.id
-
-
-def _ask_drawn(
-    library: TextLibrary,
-    request: PlannedRequest,
-    contexts: Contexts,
-    stack: int,
-    temperature: float,
-    generator: Generator,
-    observations: dict[str, Observation],
-    nucleus: float = 1.0,
-) -> None:
-    """Draw one probe's answer from a stack that `contexts` hold, and its repeats as an audit with this library asks for them."""
-    place = contexts.index[request.probe.id]
-    said: list[Observation] = []
-    for twin in drawn_twins(request):
-        if not said or library.is_in_doubt(said):
-            text = _say(contexts, stack, place, temperature, generator, nucleus=nucleus)
-            said.append(_answered(twin.request_id, request.probe.id, text))
-    observations |= {one.request_id: one for one in said}
 
 
 # -- evasion -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from weighbridge import store
 from weighbridge.canonical import canonical_bytes, rounded, write_atomically
 from weighbridge.errors import RunFolderError
 from weighbridge.judge.policy import load_policy
+from weighbridge.keys import owner_mark
 from weighbridge.plan import make_plan
 from weighbridge.records import (
     AXES,
@@ -264,7 +265,7 @@ def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, data: bytes) -> N
 
 def test_an_own_run_is_known(tmp_path: Path) -> None:
     folder = small_folder(tmp_path)
-    assert folder.is_own(folder.plan())
+    assert folder.is_own()
 
 
 @pytest.mark.parametrize(
@@ -276,13 +277,25 @@ def test_a_run_whose_plan_was_changed_is_not_own(tmp_path: Path, old: bytes, new
     data = file.read_bytes()
     assert data.count(old) == 1
     file.write_bytes(data.replace(old, new))
-    assert not folder.is_own(folder.plan())
+    assert not folder.is_own()
+
+
+def test_a_run_that_was_planned_before_a_field_was_added_is_own(tmp_path: Path) -> None:
+    folder = small_folder(tmp_path)
+    file = folder.path / "plan.json"
+    data = file.read_bytes()
+    older = b"".join(line for line in data.splitlines(keepends=True) if b'"sealed"' not in line)
+    assert older != data
+    file.write_bytes(older)
+    (folder.path / "owner").write_bytes(owner_mark(older).encode())
+    assert folder.is_own()
+    assert folder.plan() == Plan.model_validate_json(data)
 
 
 def test_a_run_of_another_user_is_not_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = small_folder(tmp_path)
     monkeypatch.setenv("WEIGHBRIDGE_HOME", str(tmp_path / "other home"))
-    assert not folder.is_own(folder.plan())
+    assert not folder.is_own()
 
 
 def remove(file: Path) -> None:
@@ -301,14 +314,14 @@ def not_ascii(file: Path) -> None:
 def test_a_run_without_its_mark_is_not_own(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     folder = small_folder(tmp_path)
     spoil(folder.path / "owner")
-    assert not folder.is_own(folder.plan())
+    assert not folder.is_own()
 
 
 def test_a_copied_mark_is_void_for_another_plan(tmp_path: Path) -> None:
     first = small_folder(tmp_path)
     second = RunFolder.create(tmp_path / "second", small_plan("another"))
     (second.path / "owner").write_bytes((first.path / "owner").read_bytes())
-    assert not second.is_own(second.plan())
+    assert not second.is_own()
 
 
 # -- judgement and observations --------------------------------------------------------------------------------

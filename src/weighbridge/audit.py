@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from weighbridge.canonical import sha256_hex
-from weighbridge.capability import DRAWN, asks_for_text, next_capability_request, read_capability, sampling_of
+from weighbridge.capability import asks_for_text, next_capability_request, read_capability, sampling_of
 from weighbridge.collect import Budget, Collector, WaitTooLongError, is_transient
 from weighbridge.dialects import DIALECTS
 from weighbridge.dialects.routes import LISTING, RECORDS, listing_path, record_path
 from weighbridge.errors import BundleError
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.reasoning import reasons
+from weighbridge.judge.checks.sampling import gives_copies
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_library
 from weighbridge.judge.opening import open_case
 from weighbridge.judge.texts import TextLibrary, build_text_library
@@ -45,7 +46,7 @@ from weighbridge.records import (
     PlannedRequest,
     Verdict,
     again_twin,
-    drawn_twins,
+    drawn_twin,
     raw_twin,
 )
 from weighbridge.reference.bundle import OFFICIAL, Bundle, load_bundle
@@ -157,8 +158,8 @@ class Auditor:
             await self._records(collector)
             because = _of_the_whole(await self._raw_probes(collector)) or because
             because = await self._sampling(collector) or because
-            if because in FINAL_REASONS and self._texts is not None:
-                # Where copies are given, repeats told nothing, and what seemed decided is not.
+            if because in FINAL_REASONS and self._texts is not None and gives_copies(self._case(self._seen)):
+                # Then repeats told nothing, and what seemed decided is not.
                 because = await self._probes(collector)
             if because in FINAL_REASONS:
                 because = await self._whole_answers(collector) or because
@@ -293,8 +294,9 @@ class Auditor:
         pairs = [(request, again_twin(request)) for request in self._plan.text_requests]
         because = await self._send_until(collector, [r for pair in pairs for r in pair], self._decided_or_not_cold)
         if because == NOT_COLD or (because == "unreachable" and self._refuses_cold()):
-            own = [r for r in self._plan.probe_requests if self._texts and self._texts.is_drawn(r.probe.id)]
-            drawn = [twin for request in own for twin in drawn_twins(request)]
+            drawn = [
+                drawn_twin(r) for r in self._plan.probe_requests if self._texts and self._texts.is_drawn(r.probe.id)
+            ]
             because = await self._send_until(collector, drawn, self._decided)
         return because or "probes_used_up"
 
@@ -351,23 +353,14 @@ class Auditor:
         """Take the next request that can tell something: under another rendering not every probe was recorded."""
         useful = self._useful
         for i, request in enumerate(waiting):
-            of_text = asks_for_text(request.request_id) or request.request_id.startswith(DRAWN)
-            if of_text and request.request_id.endswith(AGAIN):
-                if not self._is_wanted_again(request.request_id):
+            if asks_for_text(request.request_id) and request.request_id.endswith(AGAIN):
+                first = self._seen.get(request.request_id.removesuffix(AGAIN))
+                if first is None or self._texts is None or not self._texts.is_in_doubt(first):
                     continue
                 return waiting.pop(i)
             if useful is None or request.raw or request not in self._plan.probe_requests or request.probe.id in useful:
                 return waiting.pop(i)
         return None
-
-    def _is_wanted_again(self, request_id: str) -> bool:
-        """Whether all that was asked before it has come, and leaves open whether the same comes again."""
-        before = []
-        while request_id.endswith(AGAIN):
-            request_id = request_id.removesuffix(AGAIN)
-            before.append(self._seen.get(request_id))
-        known = [observation for observation in before if observation is not None]
-        return len(known) == len(before) and self._texts is not None and self._texts.is_in_doubt(known)
 
     def _was_refused(self, request_id: str) -> bool:
         attempts = self._attempts.get(request_id)

@@ -24,7 +24,6 @@ from weighbridge.records import (
     Policy,
     PoolIdentity,
     Probe,
-    drawn_twins,
 )
 from weighbridge.reference.bundle import EMBEDDED, Bundle, PoolRecord, rendered_id, unfit_to_judge
 from weighbridge.reference.contexts import LEVELS as CONTEXT_LEVELS
@@ -215,6 +214,8 @@ def check_draw(plan: Plan, bundle: Bundle) -> None:
         raise RunFolderError(
             "the plan's probes are not the draw of its seed", "A run whose plan was changed cannot be judged"
         )
+    if plan.sealed and pool_of(bundle, plan.level).description.visibility != "sealed":
+        raise RunFolderError("the plan calls a public pool sealed", "A run whose plan was changed cannot be judged")
 
 
 def _drawn(bundle: Bundle, level: LogprobLevel, seed: str) -> list[str]:
@@ -308,8 +309,6 @@ def _estimate(
     These are the probes with logprobs, or those of text, with their repeats and whole answers, whichever are dearer.
     """
     both = [probes, [*whole, *whole[:MOST_REPEATS], *(twin for request in texts for twin in (request, request))]]
-    if texts:
-        both.append([twin for request in probes for twin in drawn_twins(request)])
     requests = min(endpoint.limits.max_requests, free + len(fixed) + max(len(one) for one in both))
     first = fixed[: max(0, requests - free)]
     tokens = sum(worst_case_tokens(request)[0] for request in first)

@@ -31,7 +31,6 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 _PROVIDER_SLUG = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?$"
 _AUTHOR_AND_SLUG = re.compile(r"[a-z0-9~][a-z0-9._:~-]*/[a-z0-9][a-z0-9._:~-]*", re.IGNORECASE | re.ASCII)
 AGAIN = "-again"  # ends the id of a request that asks once more
-MOST_DRAWS = 5  # of one probe at temperature 1, while the same answer comes that is not the reference's
 RAW = "raw-"  # begins the id of one that sends the reference's own tokens
 # What an answer may be called, if its name is to stand in a URL.
 ANSWER_ID = r"^[A-Za-z0-9_-]{1,100}$"
@@ -317,7 +316,7 @@ class Plan(Record):
         raw = [raw_twin(request) for request in (*self.probe_requests, *self.text_requests)]
         again = [again_twin(twin) for request in self.text_requests for twin in (request, raw_twin(request))]
         whole = [twin for r in self.whole_requests for twin in (r, again_twin(r), again_twin(again_twin(r)))]
-        drawn = [twin for request in self.probe_requests for twin in drawn_twins(request)] if self.text_requests else []
+        drawn = [drawn_twin(request) for request in self.probe_requests] if self.text_requests else []
         return [
             *self.capability_requests, *self.prompt_requests, *self.probe_requests, *self.sampling_requests, *raw,
             *self.text_requests, *again, *drawn, *whole,
@@ -336,14 +335,11 @@ def again_twin(request: PlannedRequest) -> PlannedRequest:
     return request.model_copy(update={"request_id": f"{request.request_id}{AGAIN}", "settings": {"top_p": top_p}})
 
 
-def drawn_twins(request: PlannedRequest) -> list[PlannedRequest]:
-    """The same probe at temperature 1, where an endpoint returns no logprobs and does not serve temperature 0, and its repeats."""
-    # Where nothing is stated, some servers leave out what is unlikely. Repeats differ in what leaves out next to nothing.
-    changes = [
-        {"request_id": f"drawn-{request.request_id}{AGAIN * n}", "settings": {"top_p": round(1 - 0.001 * n, 3)}}
-        for n in range(MOST_DRAWS)
-    ]
-    return [request.model_copy(update={"max_tokens": 1, "forced": False, **change}) for change in changes]
+def drawn_twin(request: PlannedRequest) -> PlannedRequest:
+    """The same probe at temperature 1, where an endpoint returns no logprobs and does not serve temperature 0."""
+    # Where nothing is stated, some servers leave out what is unlikely.
+    changed = {"request_id": f"drawn-{request.request_id}", "max_tokens": 1, "forced": False, "settings": {"top_p": 1}}
+    return request.model_copy(update=changed)
 
 
 # -- exchanges -------------------------------------------------------------------------------------------------

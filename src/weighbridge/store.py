@@ -82,13 +82,13 @@ class RunFolder:
         except ConfigurationError as error:
             raise RunFolderError(error.what, "Judge the run with the version of Weighbridge that made it") from None
 
-    def is_own(self, plan: Plan) -> bool:
+    def is_own(self) -> bool:
         """Whether this user started the run and its plan is as it was."""
         try:
-            mark = (self.path / "owner").read_text("ascii")
+            mark, document = (self.path / "owner").read_text("ascii"), (self.path / "plan.json").read_bytes()
         except (OSError, UnicodeDecodeError):
             return False
-        return hmac.compare_digest(mark.encode(), owner_mark(plan_bytes(plan)).encode())
+        return hmac.compare_digest(mark.encode(), owner_mark(document).encode())
 
     def exchanges(self) -> tuple[list[Exchange], Stopped | None]:
         """Every attempt that was sent, in order, and why the collection stopped, if it did.

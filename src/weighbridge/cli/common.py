@@ -159,7 +159,7 @@ def collect_controls(folder: RunFolder, bundle: Bundle | None) -> None:
     """
     for kind, control in controls_of(folder):
         plan = control.plan()
-        if not control.is_own(plan):
+        if not control.is_own():
             raise RunFolderError(
                 f"the {kind} control of {folder.path} was not started by you, or its plan was changed", "Audit again"
             )

@@ -43,7 +43,7 @@ def resume_command(
     folder = RunFolder(run)
     plan = folder.plan()
     endpoint = plan.endpoint
-    if not folder.is_own(plan) and base_url is None:
+    if not folder.is_own() and base_url is None:
         raise RunFolderError(
             f"{run} was not started by you, or its plan was changed",
             "Check its endpoint and give it again with --base-url and, where it needs a key, --api-key-env",

@@ -9,7 +9,7 @@ from weighbridge.capability import DRAWN, TEXT, WHOLE
 from weighbridge.judge.answers import Residuals, line_up
 from weighbridge.judge.case import Case
 from weighbridge.judge.checks.prompt import explain_counts
-from weighbridge.judge.checks.sampling import repeats_tell_nothing
+from weighbridge.judge.checks.sampling import gives_copies
 from weighbridge.judge.checks.texts import exact_variant, text_differs_after, text_explanation, whole_differs
 from weighbridge.judge.checks.weights import differs_after, is_mixed, mean_cosines, nearest
 from weighbridge.judge.library import MIN_TOP_LOGPROBS, Library, build_rendered
@@ -80,7 +80,7 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
     )
     raw_texts = weigh_texts(texts.library, raw, by_id) if _as_sent(library, case.raw_answers) else None
     case = replace(case, texts=texts, raw_texts=raw_texts)
-    copies = repeats_tell_nothing(case)
+    copies = gives_copies(case)
     log_e = float(texts.log_total[-1])
     if copies:  # what is left is by how much a departure explains the answers better than any temperature
         gains = texts.gain_nats[texts.library.departures]
@@ -89,9 +89,10 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
     if text_differs_after(texts, policy) is None:
         return _by_whole_answers(case, library, texts, by_id)
     best = text_explanation(texts, policy)
-    case = replace(case, official_differs=not copies or bool(log_e >= np.log(policy.differs_e_value)))
-    if best is None or not case.official_differs:
-        return replace(case, served=None)
+    if best is None or log_e < np.log(policy.differs_e_value):
+        # What nothing explains may be copies, unless each request was seen to be answered anew.
+        return replace(case, served=None, official_differs=copies is False)
+    case = replace(case, official_differs=True)
     record = texts.library.departure(best)
     if isinstance(record, HypothesisRecord):
         return replace(case, served=record.id)

@@ -3,12 +3,11 @@
 At temperature 0 an honest stack gives the reference's likeliest token wherever that leads by more than the stacks' own noise; a departure
 often does not. A token that is not the reference's is asked for again: weights give it twice, a temperature seldom does. So two nulls are
 held against the answers, and a host differs only where both fall: an honest stack at temperature 0, and one at any other temperature and
-truncation, whichever explains the answers best. At any other temperature too what is none of the reference's is asked for again: what an
-honest stack seldom says it seldom says twice, whatever else is served.
+truncation, whichever explains the answers best.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from weighbridge.judge.library import build_library, travels
-from weighbridge.records import Observation, Plan, PlannedRequest, Policy, again_twin, drawn_twins
+from weighbridge.records import Observation, Plan, PlannedRequest, Policy, again_twin, drawn_twin
 from weighbridge.reference.bundle import Bundle, HypothesisRecord, StackRecord
 from weighbridge.reference.contexts import Contexts, cold_probes, contexts_of
 from weighbridge.stats.draws import at_temperature
@@ -28,7 +27,7 @@ from weighbridge.stats.texts import TEMPERATURES, answer_log_likelihood, flip_pr
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 TOP_LOGPROBS = 20  # over which the noise of honest stacks is stated
-# How much is bet, chosen on the recorded departures (dd-009, item 26).
+# How much is bet, chosen on the recorded departures (dd-009, item 28).
 # Multiples of the honest limit at which bets on a departure of that size are placed, and the share of the wealth that is on them.
 NOISE_MULTIPLES = (3.0, 16.0, 40.0, 120.0)
 ON_SIZES = 0.7
@@ -47,12 +46,8 @@ WAITED_FOR = 0.6
 # A departure that every engine rounds anew may be this much smaller on another one.
 STEADIER = 1.25
 ENDS = ("stop", "end_turn", "eos")  # what hosts call the end of a turn
-# With which chance another model than any recorded one says again what it has said.
-SAID_AGAIN = (0.3, 0.7)
-# Times the noise of an honest stack's lead: what it says of one context may be off by so much, each time that it is asked.
-MOST_OFF = 3.0
 Departure = StackRecord | HypothesisRecord
-Columns = tuple[int, ...]  # the tokens that an answer can have been
+Twin = Callable[[PlannedRequest], PlannedRequest]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,21 +124,19 @@ class TextLibrary:
         """Whether a probe is one of those that are drawn at temperature 1."""
         return self.contexts.index.get(probe_id, -1) in self.drawn
 
-    def is_in_doubt(self, observations: list[Observation]) -> bool:
-        """Whether all answers to one probe so far are the same and not the reference's, so that it is worth asking again."""
-        place = self.contexts.index.get(observations[0].probe_id)
-        if place is None:
-            return False
-        columns = [_columns(self, place, observation) for observation in observations]
-        return columns[0] is not None and _is_open(self, place, columns)
+    def is_in_doubt(self, observation: Observation) -> bool:
+        """Whether an answer at temperature 0 is not the reference's, so that it is worth asking for again."""
+        place = self.contexts.index.get(observation.probe_id)
+        columns = _columns(self, place, observation) if place is not None else None
+        return columns is not None and place is not None and self.contexts.likeliest[0, place] not in columns
 
-    def log_likelihood(self, place: int, columns: Columns) -> Floats:
+    def log_likelihood(self, place: int, columns: tuple[int, ...]) -> Floats:
         """Logprob of an answer under every distribution; shape (S, temperatures, truncations)."""
         return _answer(self, place, columns)
 
 
 @lru_cache(maxsize=1024)
-def _answer(library: TextLibrary, place: int, columns: Columns) -> Floats:
+def _answer(library: TextLibrary, place: int, columns: tuple[int, ...]) -> Floats:
     tokens = library.contexts.tokens_nats[:, place]
     members = np.zeros(tokens.shape[1], np.bool_)
     members[list(columns)] = True
@@ -258,8 +251,8 @@ class Answers:
         Context of each.
     columns : list of tuple of int
         The tokens that each can be.
-    again : list of list of tuple of int
-        The same of the answers to repeats, in their order.
+    again : list of tuple of int or None
+        The same of the second answer, where one was asked for and came.
     asked : int
         How many contexts were asked.
     texts : list of str
@@ -267,8 +260,8 @@ class Answers:
     """
 
     places: Ints
-    columns: list[Columns]
-    again: list[list[Columns]]
+    columns: list[tuple[int, ...]]
+    again: list[tuple[int, ...] | None]
     asked: int
     texts: list[str]
 
@@ -347,24 +340,26 @@ class TextEvidence:
 
 def weigh_texts(library: TextLibrary, plan: Plan, observations: dict[str, Observation]) -> TextEvidence | None:
     """Compute the evidence of all answers so far; None where there is none."""
-    cold = _answers(library, [[r, again_twin(r)] for r in plan.text_requests], observations, library.cold, owed=True)
-    drawn = _answers(library, [drawn_twins(r) for r in plan.probe_requests], observations, library.drawn, owed=False)
+    cold = _answers(library, plan.text_requests, observations, again_twin)
+    drawn = _answers(library, [drawn_twin(r) for r in plan.probe_requests], observations, None)
     if cold.count + drawn.count == 0:
         return None
     differs = _differing(library, cold)
-    same = np.array([all(a == c for a in times) for times, c in zip(cold.again, cold.columns, strict=True)], np.bool_)
-    confirmed = np.array([bool(times) for times in cold.again], np.bool_) & same
+    same = np.array([a is None or a == c for a, c in zip(cold.again, cold.columns, strict=True)], np.bool_)
+    confirmed = np.array([a is not None for a in cold.again], np.bool_) & same
     flips = differs & confirmed
     by_cold = _against_cold(library, cold, flips)
-    tables, again = _tables(library, cold)
+    tables = np.array([library.log_likelihood(p, c) for p, c in zip(cold.places.tolist(), cold.columns, strict=True)])
+    again = np.array([
+        library.log_likelihood(p, a) if a is not None else np.zeros(_table_shape(library))
+        for p, a in zip(cold.places.tolist(), cold.again, strict=True)
+    ])  # fmt: skip
     warm, steady, generic = _warm_likelihoods(library, cold, tables, again, same)
-    by_warm = _against_warm(library, warm, steady, generic, _against_unknown(library, cold, tables))
-    drawn_first, drawn_again = _tables(library, drawn)
-    later = drawn_first + drawn_again
-    by_draws = _against_drawn(library, drawn, later, _against_unknown(library, drawn, drawn_first))
+    by_warm = _against_warm(library, warm, steady, generic)
+    later = np.array([library.log_likelihood(p, c) for p, c in zip(drawn.places.tolist(), drawn.columns, strict=True)])
     # A part of the wealth is kept for the draws at temperature 1, whatever the answers before them come to.
     first = np.logaddexp(np.log1p(-KEPT_FOR_DRAWS) + np.minimum(by_cold, by_warm), np.log(KEPT_FOR_DRAWS))
-    log_total = np.concatenate([first, (first[-1] if first.size else 0.0) + by_draws])
+    log_total = np.concatenate([first, (first[-1] if first.size else 0.0) + _against_drawn(library, drawn, later)])
     return TextEvidence(
         library=library, cold=cold, drawn=drawn, flips=flips, wavering=int((~same).sum()), log_cold=by_cold, log_warm=by_warm,
         log_total=log_total, gain_nats=_gains(library, cold, steady, generic) + _drawn_gains(library, drawn, later), log_exclusion=_exclusions(library, cold, tables, drawn, later),
@@ -372,73 +367,46 @@ def weigh_texts(library: TextLibrary, plan: Plan, observations: dict[str, Observ
     )  # fmt: skip
 
 
-def _tables(library: TextLibrary, answers: Answers) -> tuple[Floats, Floats]:
-    """Logprobs of the answers, and of all repeats of each together; shape (n, S, temperatures, truncations) each."""
-    shape = (answers.count, *library.log_likelihood(0, (0,)).shape)
-    first, again = np.zeros(shape), np.zeros(shape)
-    for i, (place, own, times) in enumerate(zip(answers.places.tolist(), answers.columns, answers.again, strict=True)):
-        first[i] = library.log_likelihood(place, own)
-        for columns in times:
-            again[i] += library.log_likelihood(place, columns)
-    return first, again
+def _table_shape(library: TextLibrary) -> tuple[int, ...]:
+    return library.log_likelihood(0, (0,)).shape
 
 
 def _answers(
-    library: TextLibrary,
-    asked_for: Iterable[list[PlannedRequest]],
-    observations: dict[str, Observation],
-    places_wanted: Ints,
-    *,
-    owed: bool,
+    library: TextLibrary, requests: Iterable[PlannedRequest], observations: dict[str, Observation], twin: "Twin | None"
 ) -> Answers:
-    """The answers to some requests and their repeats, each probe once.
-
-    Where repeats are owed, an answer in doubt that has none counts for nothing, and nothing that has come after it either until it has.
-    """
-    wanted = set(places_wanted.tolist())
+    """The answers to some requests, each probe once; those that are in doubt and were not asked for again are left out."""
+    index, reference = library.contexts.index, library.contexts.likeliest[0]
+    wanted = set((library.cold if twin is not None else library.drawn).tolist())
     places: list[int] = []
-    columns: list[Columns] = []
-    again: list[list[Columns]] = []
+    columns: list[tuple[int, ...]] = []
+    again: list[tuple[int, ...] | None] = []
     texts: list[str] = []
     asked = 0
-    for first, *repeats in asked_for:
-        observation = observations.get(first.request_id)
-        place = library.contexts.index.get(first.probe.id)
+    for request in requests:
+        observation = observations.get(request.request_id)
+        place = index.get(request.probe.id)
         if observation is None or place not in wanted:
             continue
         assert place is not None
         wanted.discard(place)  # each probe once
-        own = _columns(library, place, observation)
-        said: list[Columns | None] = [own] if own is not None else []
-        missing = False
-        for repeat in repeats:
-            seen = observations.get(repeat.request_id)
-            if missing or not _is_open(library, place, said):
-                break
-            missing = seen is None
-            if seen is not None:
-                said.append(_columns(library, place, seen))
-        if missing and owed:
-            break
         asked += 1
-        known = [one for one in said if one is not None]
-        if not known or (owed and len(known) < len(said)):
+        first = _columns(library, place, observation)
+        if first is None:
             continue
+        second = None
+        if twin is not None and reference[place] not in first:
+            repeat = observations.get(twin(request).request_id)
+            second = _columns(library, place, repeat) if repeat is not None else None
+            if repeat is None:  # not yet: what has come after it does not count before it
+                asked -= 1
+                break
+            if second is None:
+                continue
         places.append(place)
-        columns.append(known[0])
-        again.append(known[1:])
+        columns.append(first)
+        again.append(second)
         texts.append((observation.text or "").strip())
     return Answers(np.array(places, np.int64), columns, again, asked, texts)
-
-
-def _is_open(library: TextLibrary, place: int, said: Sequence[Columns | None]) -> bool:
-    """Whether what was said so far is one and the same, and not the reference's."""
-    return (
-        bool(said)
-        and said[0] is not None
-        and library.contexts.likeliest[0, place] not in said[0]
-        and len(set(said)) == 1
-    )
 
 
 def _columns(library: TextLibrary, place: int, observation: Observation) -> tuple[int, ...] | None:
@@ -579,62 +547,38 @@ def _warm_likelihoods(
     The third, of shape (n, temperatures): steady, by the reference's own distribution at each temperature, which is what noise of any size
     makes of it.
     """
-    repeated = np.array([bool(times) for times in cold.again], np.bool_)
+    if cold.count == 0:
+        shape = _table_shape(library)
+        return np.zeros((0, shape[0], shape[1] - 1, shape[2])), np.zeros((0, shape[0])), np.zeros((0, shape[1]))
+    repeated = np.array([a is not None for a in cold.again], np.bool_)
     wavers = np.log(library.outlier_share) + again[:, 0, 0, 0]
     kept = np.where(repeated, np.where(same, np.log1p(-library.outlier_share), wavers), 0.0)
     warm = tables[:, :, 1:] + again[:, :, 1:]
     return warm, tables[:, :, 0, 0] + kept[:, None], tables[:, 0, :, 0] + kept[:, None]
 
 
-def _against_unknown(library: TextLibrary, answers: Answers, first: Floats) -> Floats:
-    """Log e-process of answers and repeats against honest stacks at any temperature but 0, for a model that nobody recorded.
-
-    It says first what the reference might at some temperature, and then the same again oftener than an honest stack would. A stack's own
-    noise is the same each time that a context is asked for, so an honest repeat is given that much more.
-
-    Parameters
-    ----------
-    first : float array, shape (n, S, temperatures, truncations)
-        Logprobs of the first answers.
-    """
-    if answers.count == 0:
-        return np.zeros(0)
-    chance = np.array(SAID_AGAIN)
-    off = MOST_OFF * np.sqrt(2) * library.limit_nats / np.array(library.temperatures[1:])
-    honest = first[:, library.honest, 1:].copy()
-    unknown = np.repeat(first[:, 0, 1:, 0][:, :, None], chance.size, axis=2)
-    for i, (place, own, times) in enumerate(zip(answers.places.tolist(), answers.columns, answers.again, strict=True)):
-        for columns in times:
-            anew = library.log_likelihood(place, columns)[:, 1:].astype(np.float64)
-            unknown[i] += np.log(chance * (columns == own) + (1 - chance) * np.exp(anew[0, :, 0])[:, None])
-            odds = anew[library.honest] - np.log(np.maximum(-np.expm1(anew[library.honest]), 1e-12))
-            honest[i] += special.log_expit(odds + off[:, None])
-    best = honest.cumsum(axis=0).reshape(answers.count, -1).max(axis=1)
-    return np.asarray(_log_mean(unknown.cumsum(axis=0).reshape(answers.count, -1)) - best)
-
-
-def _against_warm(library: TextLibrary, warm: Floats, steady: Floats, generic: Floats, log_unknown: Floats) -> Floats:
+def _against_warm(library: TextLibrary, warm: Floats, steady: Floats, generic: Floats) -> Floats:
     """Log e-process against honest stacks at any temperature but 0: the best of them, at each moment, against a mixture."""
     if len(warm) == 0:
         return np.zeros(0)
     honest = warm[:, library.honest].cumsum(axis=0).reshape(len(warm), -1).max(axis=1)
     others = steady[:, library.departures].cumsum(axis=0)
     drawn = warm[:, library.departures].cumsum(axis=0).reshape(len(warm), -1)
-    kinds = [_log_mean(generic.cumsum(axis=0)), _log_mean(others), _log_mean(drawn), log_unknown + honest]
+    kinds = [_log_mean(generic.cumsum(axis=0)), _log_mean(others), _log_mean(drawn)]
     return np.asarray(special.logsumexp(kinds, axis=0) - np.log(len(kinds)) - honest)
 
 
-def _against_drawn(library: TextLibrary, drawn: Answers, tables: Floats, log_unknown: Floats) -> Floats:
+def _against_drawn(library: TextLibrary, drawn: Answers, tables: Floats) -> Floats:
     """Log e-process of answers at temperature 1 against honest stacks at any, 0 included."""
     if drawn.count == 0:
         return np.zeros(0)
     course = tables.cumsum(axis=0)
     honest = course[:, library.honest, 1:].reshape(drawn.count, -1).max(axis=1)
     others = course[:, library.departures]
-    # A third of the wealth is on the temperature that was asked for, and one on what nobody recorded.
+    # Half of the wealth is on the temperature that was asked for.
     asked_for = int(np.abs(np.array(library.temperatures) - 1).argmin())
-    recorded = [_log_mean(one.reshape(drawn.count, -1)) - honest for one in (others, others[:, :, asked_for])]
-    by_warm = _log_mean(np.array([*recorded, log_unknown]).T)
+    kinds = [_log_mean(others.reshape(drawn.count, -1)), _log_mean(others[:, :, asked_for].reshape(drawn.count, -1))]
+    by_warm = _log_mean(np.array(kinds).T) - honest
     by_cold = _against_cold(library, drawn, _differing(library, drawn), drawn=True)
     return np.asarray(np.minimum(by_cold, by_warm))
 
@@ -647,17 +591,17 @@ def _differing(library: TextLibrary, answers: Answers) -> NDArray[np.bool_]:
 
 def _gains(library: TextLibrary, cold: Answers, steady: Floats, generic: Floats) -> Floats:
     """At temperature 0: each distribution's likelihood over that of noise of the size that suits the answers best; shape (S,)."""
-    known = library.contexts.recorded[:, cold.places].T
     if cold.count == 0:
-        return np.zeros(known.shape[1])
+        return np.zeros(_table_shape(library)[0])
+    known = library.contexts.recorded[:, cold.places].T
     return np.asarray(np.where(known, steady, 0.0).sum(axis=0) - (known.T.astype(np.float64) @ generic).max(axis=1))
 
 
 def _drawn_gains(library: TextLibrary, drawn: Answers, tables: Floats) -> Floats:
     """At any other: over that of the honest stack that suits them best."""
-    known = library.contexts.recorded[:, drawn.places].T
     if drawn.count == 0:
-        return np.zeros(known.shape[1])
+        return np.zeros(_table_shape(library)[0])
+    known = library.contexts.recorded[:, drawn.places].T
     own = np.where(known[:, :, None, None], tables, 0.0).sum(axis=0).max(axis=(1, 2))
     honest = np.einsum("ns,nbtk->sbtk", known.astype(np.float64), tables[:, library.honest])
     return np.asarray(own - honest.reshape(len(own), -1).max(axis=1))

@@ -13,11 +13,12 @@ from weighbridge.judge.checks.parameters import check_parameters
 from weighbridge.judge.checks.prompt import check_prompt
 from weighbridge.judge.checks.reasoning import check_reasoning, hides_reasoning
 from weighbridge.judge.checks.route import check_route
-from weighbridge.judge.checks.sampling import check_sampling, repeats_tell_nothing
+from weighbridge.judge.checks.sampling import check_sampling
 from weighbridge.judge.checks.share import check_share
 from weighbridge.judge.checks.texts import (
     ALIKE_SHARE,
     ENOUGH_ALIKE,
+    MAY_BE_COPIES,
     is_consistent_text,
     is_suspected,
     text_differs_after,
@@ -92,9 +93,10 @@ def _is_decided_by_texts(case: Case, texts: TextEvidence) -> bool:
     reached = text_differs_after(texts, policy)
     if reached is None:
         return is_consistent_text(texts, case.plan)
-    # Where repeats tell nothing, that a departure explains the answers has to be evidence enough.
-    explained = text_explanation(texts, policy) is not None and (case.official_differs or texts is not case.texts)
-    return explained or texts.answers >= reached + ENOUGH_FOR_A_PROMPT
+    if text_explanation(texts, policy) is None:
+        return texts.answers >= reached + ENOUGH_FOR_A_PROMPT
+    # Where repeats may be copies, that a departure explains the answers has to be evidence enough.
+    return case.official_differs or texts is not case.texts
 
 
 def is_decided_raw(case: Case) -> bool:
@@ -254,12 +256,10 @@ def _weights_that_can_be_judged(weights: Finding, case: Case, sampling: Finding)
         )
     if hides_reasoning([*case.answers, *case.text_answers]):
         return _open(weights, "tokens that are not shown stand before the answer", "An answer without reasoning")
-    if case.texts is not None and case.served is None and repeats_tell_nothing(case):
+    if case.texts is not None and case.served is None and not case.official_differs:
         return _raw(case) or _open(
-            weights.model_copy(update={"log10_e_value": None}),
-            "two seeds at temperature 1 give one text too, so a repeat tells no temperature, and an honest stack at another one may be why",
-            "A host that answers each request anew",
-        )
+            weights.model_copy(update={"log10_e_value": None}), f"{MAY_BE_COPIES}, and an honest stack at another temperature may be why", "A host that answers each request anew",
+        )  # fmt: skip
     if case.served is None:
         summary = weights.summary
         if case.evidence is not None:

@@ -165,7 +165,7 @@ def _begun(endpoint: FleetEndpoint, folder: Path, ledger: "_Ledger", now: dateti
     run = RunFolder(folder)
     plan = run.plan()
     ledger.take(plan.endpoint, plan.endpoint.limits.max_requests)
-    if not run.is_own(plan):
+    if not run.is_own():
         why = f"{folder} was not started by you, or its plan was changed; remove it to audit anew"
         return Task(endpoint, folder, "failed", why)
     exchanges, stopped = run.exchanges()

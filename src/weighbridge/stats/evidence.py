@@ -72,7 +72,7 @@ def exceptions_process(
     """Log wealth after each probe of betting that more probes are exceptions than a null stack may have.
 
     The null is that each probe of the pool has the score that is usual for it, but for some, which ones is left open, that together raise
-    the sum of all by `exceptions` at most. Probes are drawn without replacement, so the next one's score is expected to be at most what is
+    the sum of all by `exceptions` at most, or, where that is given for each draw, that of those that are left by then. Probes are drawn without replacement, so the next one's score is expected to be at most what is
     left of the usual sum, and of the exceptions, over the number of probes that are left: a score over that is a factor.
 
     Parameters

@@ -175,9 +175,10 @@ def _unknown(
     if _raw_is_consistent(case):
         text = "Sent as the reference's own tokens, by raw completions, the probes are answered as the reference does, and through chat they are not: chat puts another text around the messages, of no recorded kind, or something else answers there"
         return _finding("inconsistent", text, cause="none_of_these", effects=shift, **common)
+    copies = "" if case.official_differs else ", or copies of what was drawn at another temperature"
     return _finding(
         "inconclusive",
-        "The answers are not the reference's, and no recorded rendering or departure explains them: another prompt, or other weights"
+        f"The answers are not the reference's, and no recorded rendering or departure explains them: another prompt, or other weights{copies}"
         + (
             "; the reported token counts are the official ones, which are the host's own word" if 0 in by_counts else ""
         ),

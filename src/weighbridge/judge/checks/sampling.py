@@ -279,21 +279,17 @@ def _from_texts(case: Case, details: dict[str, Any]) -> Finding:
     )
 
 
-def repeats_tell_nothing(case: Case) -> bool:
-    """Whether a text that comes again may be a copy: a cache, or seeds that are ignored.
+def gives_copies(case: Case) -> bool | None:
+    """Whether another seed at temperature 1 gave the same text: a cache, or seeds that are ignored; None where that was not answered.
 
-    An honest stack at any temperature may then say twice what it seldom says. Where temperature 0 seems to be served, each repeat has to be
-    a copy for that; where it is not, some are enough.
+    Then that an answer comes again tells no temperature: an honest stack at any may say twice what it seldom says.
     """
     warm = case.sampling.get("warm")
     others = [case.sampling.get(name) for name in ("warm-new", "warm-other")]
     texts = [o.text for o in others if o is not None and o.text]
     if warm is None or not warm.text or not texts:
-        return False
-    copies = [text.startswith(warm.text) for text in texts]
-    if case.texts is not None and not case.texts.is_cold:
-        return any(copies)
-    return all(copies) and bool(is_cold_text(case, "cold-again"))
+        return None
+    return any(text.startswith(warm.text) for text in texts)
 
 
 def _finding(outcome: Any, summary: str, **more: Any) -> Finding:

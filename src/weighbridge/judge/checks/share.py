@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from weighbridge.judge.case import Case
-from weighbridge.judge.checks.texts import text_differs_after
+from weighbridge.judge.checks.texts import is_left_open, text_differs_after
 from weighbridge.judge.checks.weights import differs_after
 from weighbridge.judge.texts import TextEvidence
 from weighbridge.judge.whole import HONEST_CHANCE, WholeEvidence, coarse
@@ -68,6 +68,8 @@ def _share_of_texts(case: Case, texts: TextEvidence) -> Finding:
     """Without logprobs an answer stands out where it is not the reference's; one token says little of one request."""
     n = texts.cold.count
     common: dict[str, Any] = {"check": "share", "axis": "share", "answers_used": n}
+    if is_left_open(case, texts):
+        return Finding(**common, outcome="not_applicable", summary="The answers differ as a whole, or are copies; by one token as text it is not told which of them something else gave")  # fmt: skip
     if text_differs_after(texts, case.plan.policy) is not None:
         return Finding(**common, outcome="not_applicable", summary="The answers differ as a whole; by one token as text it is not told which of them something else gave")  # fmt: skip
     whole = case.whole

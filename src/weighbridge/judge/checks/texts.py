@@ -22,6 +22,7 @@ ALIKE_SHARE = 0.8
 ENOUGH_ALIKE = 10
 MATCHING_SHARE = 0.75  # of the answers must be a departure's own before it is said to explain them
 LOG10 = float(np.log(10))
+MAY_BE_COPIES = "what comes again may be a copy (other seeds at temperature 1 gave the same text, or were not answered)"
 
 
 def text_differs_after(texts: TextEvidence, policy: Policy) -> int | None:
@@ -137,7 +138,7 @@ def check_texts(case: Case) -> Finding:
     left = {name for name, done in zip(names, excluded_by_text(texts, policy), strict=True) if name and not done}
     common: dict[str, Any] = {
         "check": "weights", "axis": "weights", "answers_used": n, "effects": effects, "log10_e_value": log_e / LOG10,
-        "excluded": sorted({name for name in names if name} - left), "not_excluded": sorted(left), "details": _details(texts) | (_whole_details(texts, case.whole) if case.whole is not None else {}),
+        "excluded": sorted({name for name in names if name} - left), "not_excluded": sorted(left), "details": _details(case, texts) | (_whole_details(texts, case.whole) if case.whole is not None else {}),
     }  # fmt: skip
     level = "L4" if texts.is_cold else "L5"
     unusable = next((o.fault_detail for o in case.capability_answers if o.fault == "bad_logprobs"), None)
@@ -248,8 +249,13 @@ def _share_interval(found: int, of: int) -> tuple[float, float]:
     return 1 - share_upper_limit(of - found, of, tail), share_upper_limit(found, of, tail)
 
 
-def _details(texts: TextEvidence) -> dict[str, Any]:
-    """What the report draws: the course of the evidence, and how well each recorded departure explains the answers."""
+def is_left_open(case: Case, texts: TextEvidence) -> bool:
+    """Whether the answers are not the reference's, and may be so because they are copies."""
+    return not case.official_differs and text_differs_after(texts, case.plan.policy) is not None
+
+
+def _details(case: Case, texts: TextEvidence) -> dict[str, Any]:
+    """What the report draws: the course of the evidence, where it is any, and how well each recorded departure explains the answers."""
     library = texts.library
     ranked = sorted(library.departures, key=lambda i: -float(texts.gain_nats[i]))
     rows = []
@@ -261,11 +267,15 @@ def _details(texts: TextEvidence) -> dict[str, Any]:
             "kind": record.departure_class if isinstance(record, StackRecord) else "prompt", "is_weights": stack,
             "log10_gain": float(texts.gain_nats[i]) / LOG10, "matches": float(texts.matches[i]),
         })  # fmt: skip
-    return {
-        "text_course": [
-            {"log10_e": float(total) / LOG10, "flips": int(flips)}
-            for total, flips in zip(texts.log_total, np.concatenate([texts.flips.cumsum(), np.full(texts.drawn.count, texts.flips.sum())]), strict=True)
-        ],
+    course = [
+        {"log10_e": float(total) / LOG10, "flips": int(flips)}
+        for total, flips in zip(
+            texts.log_total,
+            np.concatenate([texts.flips.cumsum(), np.full(texts.drawn.count, texts.flips.sum())]),
+            strict=True,
+        )
+    ]
+    return ({} if is_left_open(case, texts) else {"text_course": course}) | {
         "text_departures": rows,
         "temperature_0_served": texts.is_cold,
         "wavering": texts.wavering,
