@@ -81,17 +81,18 @@ def _by_texts(case: Case, library: Library, by_id: dict[str, Observation]) -> Ca
     raw_texts = weigh_texts(texts.library, raw, by_id) if _as_sent(library, case.raw_answers) else None
     case = replace(case, texts=texts, raw_texts=raw_texts)
     copies = gives_copies(case)
-    log_e = float(texts.log_total[-1])
-    if copies:  # what is left is by how much a departure explains the answers better than any temperature
-        gains = texts.gain_nats[texts.library.departures]
-        log_e = min(log_e, float(gains.max() - np.log(gains.size)))
+    gains = texts.gain_nats[texts.library.departures]
+    # Of copies all that counts is by how much a departure explains them better than any temperature.
+    of_copies = min(float(texts.log_total[-1]), float(gains.max() - np.log(gains.size)))
+    log_e = of_copies if copies else float(texts.log_total[-1])
     case = replace(case, log_e_official=log_e)
     if text_differs_after(texts, policy) is None:
         return _by_whole_answers(case, library, texts, by_id)
     best = text_explanation(texts, policy)
     if best is None or log_e < np.log(policy.differs_e_value):
         # What nothing explains may be copies, unless each request was seen to be answered anew.
-        return replace(case, served=None, official_differs=copies is False)
+        anew = copies is False
+        return replace(case, served=None, official_differs=anew, log_e_official=log_e if anew else of_copies)
     case = replace(case, official_differs=True)
     record = texts.library.departure(best)
     if isinstance(record, HypothesisRecord):
