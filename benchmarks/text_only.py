@@ -1,7 +1,9 @@
 """Endpoints that return only text: what is found there, in how many requests, beside the field's methods and the bound.
 
 *What calibrates.* The recorded honest stacks and departures of the bundle (most of them transformers in float32; what llama.cpp, vLLM
-and bfloat16 gave besides) and the library's own contexts, as in every audit; every threshold is the policy's or follows from these records.
+and bfloat16 gave besides) and the library's own contexts, as in every audit; every threshold is the policy's or follows from these records. How the
+wealth is spread over bets (`NOISE_MULTIPLES`, `ON_SIZES`, `SCALES`) was chosen on the recorded departures too, and on nothing that was served; of the departures
+that are reported on, these choices have seen the recordings.
 
 *What is reported on.* Answers that were really served, over HTTP and without logprobs, on llama.cpp or on transformers in bfloat16: every
 context that is asked at temperature 0, once more where the answer is not the reference's, and one token at temperature 1 for each of the
